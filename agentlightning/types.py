@@ -1,0 +1,117 @@
+"""The objects that flow from room to room: prompts go in, completions come out, a batch is trained on.
+
+Letters in names are dimensions: B samples, P prompt tokens (padded), T response tokens (padded). Everything is numpy, so that
+it crosses processes without copies and no room needs torch to hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+StopReason = Literal["stop", "length", "turns"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a data file, ready to be sampled from.
+
+    Example: `Prompt(uid="train.jsonl:17", messages=({"role": "user", "content": "2+2?"},), token_ids=(256, 50), ...)`.
+    """
+
+    uid: str  # names the row for ever: the random stream of its samples hangs on it
+    messages: tuple[Mapping[str, str], ...]
+    token_ids: tuple[int, ...]  # the chat template applied, with the generation prompt
+    data_source: str
+    ground_truth: Any
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn. `temperature=0` is greedy; `top_k=-1` and `top_p=1` switch the filters off (verl's words)."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    max_tokens: int = 256  # response tokens in all, observations included
+    stop: tuple[str, ...] = ()
+    max_assistant_turns: int = 1
+    max_tokens_per_turn: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer: every token after the prompt, the policy's own and the observations between its turns."""
+
+    uid: str
+    sample_index: int  # 0 <= sample_index < n
+    token_ids: np.ndarray  # int32 [T]
+    mask: np.ndarray  # bool [T]; True where the policy chose the token
+    logprobs: np.ndarray  # float32 [T]; of the chosen tokens at the sampling temperature, 0 where mask is False
+    turns: tuple[Mapping[str, str], ...]  # the messages after the prompt: assistant, tool, assistant, ...
+    stop_reason: StopReason
+    adapter_version: int
+
+    @property
+    def num_turns(self) -> int:
+        """Assistant turns taken."""
+        return sum(turn["role"] == "assistant" for turn in self.turns)
+
+    @property
+    def answer(self) -> str:
+        """Text of the last assistant turn."""
+        return self.turns[-1]["content"] if self.turns and self.turns[-1]["role"] == "assistant" else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B samples, padded on the right, with as many per-token columns as the step has computed so far.
+
+    `columns` maps a name (`rollout_log_probs`, `old_log_probs`, `ref_log_prob`, `values`, `token_level_rewards`,
+    `advantages`, `returns`: verl's) to float32 [B, T].
+    """
+
+    uids: tuple[str, ...]  # [B]; samples of one prompt share their uid
+    prompt_BP: np.ndarray  # int32
+    prompt_len_B: np.ndarray  # int32
+    response_BT: np.ndarray  # int32
+    response_len_B: np.ndarray  # int32; observations included
+    mask_BT: np.ndarray  # bool; True where the policy chose the token
+    adapter_version: int
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    @property
+    def total_len_B(self) -> np.ndarray:
+        """Tokens of each sample, prompt and response."""
+        return self.prompt_len_B + self.response_len_B
+
+    def with_columns(self, **columns: np.ndarray) -> Batch:
+        """The same samples with further columns, each [B, T]."""
+        for name, column in columns.items():
+            if column.shape != self.response_BT.shape:
+                raise ValueError(f"column {name!r} has shape {column.shape}, expected {self.response_BT.shape}")
+        return replace(self, columns={**self.columns, **columns})
+
+    def rows(self, index: Sequence[int] | np.ndarray) -> Batch:
+        """The samples at `index`, in that order, padding trimmed to the longest of them."""
+        rows = np.asarray(index, dtype=np.int64)
+        width_p = int(self.prompt_len_B[rows].max(initial=0))
+        width_t = int(self.response_len_B[rows].max(initial=0))
+        return Batch(
+            uids=tuple(self.uids[i] for i in rows),
+            prompt_BP=self.prompt_BP[rows, :width_p],
+            prompt_len_B=self.prompt_len_B[rows],
+            response_BT=self.response_BT[rows, :width_t],
+            response_len_B=self.response_len_B[rows],
+            mask_BT=self.mask_BT[rows, :width_t],
+            adapter_version=self.adapter_version,
+            columns={name: column[rows, :width_t] for name, column in self.columns.items()},
+        )
