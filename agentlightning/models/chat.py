@@ -1,0 +1,61 @@
+"""Chat templates as tokens: prompts, and the observation that follows an assistant's turn.
+
+Enters: messages. Leaves: token ids that only ever grow at the end, so that a tool's result extends the cached context instead of
+re-rendering it. Why not `apply_chat_template` on the whole conversation at each turn: templates rewrite earlier turns (Qwen3
+drops old reasoning), and the tokens trained on would not be the ones that were sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from agentlightning.errors import UserError
+
+_MARK = "\u241e"  # the visible record separator: no template writes it
+
+
+class ChatRenderer:
+    """Renders for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; expected one (chat_template.jinja beside "
+                "its tokenizer.json), or another actor_rollout_ref.model.path"
+            )
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} names no eos_token; expected the end-of-turn token")
+        self.tokenizer = tokenizer
+        self.observation_ids = lru_cache(maxsize=4096)(self._observation_ids)
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token that ends an assistant's turn."""
+        return self.tokenizer.convert_tokens_to_ids(str(self.tokenizer.eos_token))
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of `messages` with the generation prompt behind them."""
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of one assistant turn, its end-of-turn token dropped."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _observation_ids(self, content: str, closed: bool) -> tuple[int, ...]:
+        """Tokens from the end of an assistant's turn to the start of its next one, with the tool's `content` between them.
+
+        `closed`: whether the policy itself emitted the end-of-turn token, which then does not come again.
+        """
+        messages = [
+            {"role": "user", "content": "."},
+            {"role": "assistant", "content": _MARK},
+            {"role": "tool", "content": content},
+        ]
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        after_turn = str(rendered).split(_MARK, 1)[1]
+        if closed:
+            after_turn = after_turn.removeprefix(str(self.tokenizer.eos_token))
+        return tuple(self.tokenizer.encode(after_turn, add_special_tokens=False))
