@@ -1,0 +1,54 @@
+"""The command line of door 1: hydra composes, the schema checks, the trainer runs in this very process.
+
+Overrides go in, an exit code comes out: 0 done, 2 something the user can mend (one line on stderr, no traceback), 1 with the
+traceback for everything else. The run itself happens outside hydra, so that signals, breakpoints and tracebacks are the
+program's own.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from agentlightning.errors import UserError
+from agentlightning.verl.config import CONFIG_NAME, Config, check_overrides, config_dir, load_config, validate
+from agentlightning.verl.rules import check_paths
+
+
+def main() -> int:
+    """Run `python -m agentlightning.verl` with the words of `sys.argv`; returns the exit code."""
+    try:
+        for config in _configs_of_command_line(sys.argv[1:]):
+            code = run(config)
+            if code != 0:
+                return code
+    except UserError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        return 2
+    return 0
+
+
+def run(config: Config) -> int:
+    """Train as `config` says; returns the exit code. torch and ray are imported here, not before the configuration is right."""
+    check_paths(config)
+    from agentlightning.verl.trainer import AgentLightningTrainer
+
+    return AgentLightningTrainer(config).fit()
+
+
+def _configs_of_command_line(words: list[str]) -> list[Config]:
+    """One configuration; with flags (--help, --cfg job, --multirun, --config-dir) what hydra itself makes of them."""
+    if not any(word.startswith("-") for word in words):
+        return [load_config(words)]
+    # hydra answers for `model=` here: --config-dir may hold models that this package does not know.
+    check_overrides([word for word in words if "=" in word and not word.startswith(("-", "model="))])
+    composed: list[DictConfig] = []
+
+    def collect(config: DictConfig) -> None:
+        composed.append(config)
+
+    hydra.main(config_path=str(config_dir()), config_name=CONFIG_NAME, version_base="1.3")(collect)()
+    return [validate(config) for config in composed]

@@ -1,0 +1,251 @@
+"""The rules of a configuration that span keys, files or the cluster, and the sizes that follow from it.
+
+A `Config` whose single values are right goes in; a `ConfigError` with the mending override comes out where they do not fit each
+other, or the lines that tell a person how large each part of the step is. Pure, but for `check_paths`, which looks at the disk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from agentlightning.errors import ConfigError
+from agentlightning.verl.schema import Config
+
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+
+
+def check_rules(config: Config) -> None:
+    """Raise `ConfigError` for the first rule that `config` breaks."""
+    for rule in _RULES:
+        complaint = rule(config)
+        if complaint is not None:
+            raise ConfigError(complaint)
+
+
+def check_world_size(config: Config, world_size: int, available: int | None = None) -> None:
+    """`world_size` workers must each find a prompt, and `available` GPUs (None: unknown, or CPU) must be enough for them."""
+    if available is not None and world_size > available:
+        raise ConfigError(
+            f"trainer.n_gpus_per_node x trainer.nnodes: given {world_size} GPUs, expected at most the {available} that the "
+            f"cluster has; mend it with trainer.nnodes=1 trainer.n_gpus_per_node={max(available, 1)}"
+            + ("" if available else " trainer.device=cpu")
+        )
+    prompts = config.data.train_batch_size
+    if world_size > prompts:
+        raise ConfigError(
+            f"data.train_batch_size: given {prompts} prompts a step for {world_size} workers, expected one each or more; "
+            f"mend it with data.train_batch_size={world_size} or trainer.nnodes=1 trainer.n_gpus_per_node={prompts}"
+        )
+
+
+def check_paths(config: Config) -> None:
+    """The model is where `actor_rollout_ref.model.path` says, and the run directory can be written."""
+    _check_model_path(config.actor_rollout_ref.model.path)
+    _check_run_dir(Path(config.trainer.default_local_dir))
+
+
+def _check_model_path(given: str) -> None:
+    key = "actor_rollout_ref.model.path"
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"{key}: given {given}, a directory without config.json; expected a directory written by save_pretrained; "
+                f"mend it with {key}=<such a directory>, or model=tiny for the model in the package"
+            )
+        return
+    if not HUB_NAME.match(given) or path.exists():
+        raise ConfigError(
+            f"{key}: given {given}, which is not there; expected a directory with config.json, or a hub name such as "
+            f"Qwen/Qwen3-0.6B; mend it with {key}=<directory>, or model=tiny for the model in the package"
+        )
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """The nearest part of the path that exists must be a directory in which this user may write."""
+    key = "trainer.default_local_dir"
+    existing = run_dir
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"{key}: given {run_dir}, but {existing} is a file; mend it with {key}=<a directory>")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{key}: given {run_dir}, but {existing} cannot be written; mend it with {key}=<a directory of yours>"
+        )
+
+
+def derived_sizes(config: Config, world_size: int) -> list[str]:
+    """What the batch sizes mean for one step on `world_size` workers, as lines to print."""
+    actor = config.actor_rollout_ref.actor
+    prompts, n = config.data.train_batch_size, config.actor_rollout_ref.rollout.n
+    samples, mini_samples = prompts * n, actor.ppo_mini_batch_size * n
+    minis = prompts // actor.ppo_mini_batch_size
+    mini_per_worker = math.ceil(mini_samples / world_size)
+    steps = optimizer_steps_per_step(config)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    lines = [
+        f"step          {prompts} prompts x {n} samples = {samples} samples of at most {longest} tokens",
+        f"mini-batches  {minis} of {actor.ppo_mini_batch_size} prompts ({mini_samples} samples), {actor.ppo_epochs} epoch(s): "
+        f"{steps} optimizer step(s)",
+        f"per worker    {math.ceil(samples / world_size)} samples a step, {mini_per_worker} a mini-batch, "
+        f"{_micro_batches(config, mini_per_worker)} ({world_size} worker(s))",
+    ]
+    if config.uses_critic:
+        critic = config.critic
+        count = (prompts // critic.ppo_mini_batch_size) * critic.ppo_epochs
+        lines.append(f"critic        {count} optimizer step(s) on mini-batches of {critic.ppo_mini_batch_size} prompts")
+    return lines
+
+
+def optimizer_steps_per_step(config: Config) -> int:
+    """Optimizer steps of the actor in one step of the trainer."""
+    actor = config.actor_rollout_ref.actor
+    return config.data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+
+
+def _micro_batches(config: Config, samples: int) -> str:
+    actor = config.actor_rollout_ref.actor
+    if actor.use_dynamic_bsz:
+        return f"in micro-batches of at most {actor.ppo_max_token_len_per_gpu} tokens"
+    micro = actor.ppo_micro_batch_size_per_gpu
+    return f"in {math.ceil(samples / micro)} micro-batch(es) of at most {micro} samples"
+
+
+def _mini_batches_divide(config: Config) -> str | None:
+    prompts = config.data.train_batch_size
+    minis = {"actor_rollout_ref.actor.ppo_mini_batch_size": config.actor_rollout_ref.actor.ppo_mini_batch_size}
+    if config.uses_critic:
+        minis["critic.ppo_mini_batch_size"] = config.critic.ppo_mini_batch_size
+    for key, mini in minis.items():
+        if prompts % mini:
+            # The divisor nearest to what was asked for, so that the mended run is close to the meant one.
+            nearest = min((d for d in range(1, prompts + 1) if prompts % d == 0), key=lambda d: abs(d - mini))
+            return (
+                f"{key}: given {mini}, expected a divisor of data.train_batch_size={prompts}; "
+                f"mend it with {key}={nearest} or data.train_batch_size={math.ceil(prompts / mini) * mini}"
+            )
+    return None
+
+
+def _groups_are_groups(config: Config) -> str | None:
+    estimator, n = config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.n
+    if estimator in ("grpo", "rloo") and n < 2:
+        return (
+            f"actor_rollout_ref.rollout.n: given {n}, expected at least 2 with algorithm.adv_estimator={estimator}, "
+            f"which compares samples of one prompt; mend it with actor_rollout_ref.rollout.n=8 or algorithm.adv_estimator=gae"
+        )
+    return None
+
+
+def _longest_sample_fits(config: Config) -> str | None:
+    actor, data = config.actor_rollout_ref.actor, config.data
+    longest = data.max_prompt_length + data.max_response_length
+    if actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu < longest:
+        key = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+        return (
+            f"{key}: given {actor.ppo_max_token_len_per_gpu}, expected at least one whole sample, data.max_prompt_length + "
+            f"data.max_response_length = {longest}; mend it with {key}={longest}"
+        )
+    return None
+
+
+def _resume_is_whole(config: Config) -> str | None:
+    trainer = config.trainer
+    if trainer.resume_mode == "resume_path" and trainer.resume_from_path is None:
+        return (
+            "trainer.resume_from_path: given null, expected a step, name, directory or record with "
+            "trainer.resume_mode=resume_path; "
+            "mend it with trainer.resume_from_path=40, or trainer.resume_mode=auto for the newest checkpoint"
+        )
+    if trainer.resume_mode != "resume_path" and trainer.resume_from_path is not None:
+        return (
+            f"trainer.resume_mode: given {trainer.resume_mode}, which does not look at trainer.resume_from_path="
+            f"{trainer.resume_from_path}; mend it with trainer.resume_mode=resume_path or trainer.resume_from_path=null"
+        )
+    return None
+
+
+def _turns_have_a_tool(config: Config) -> str | None:
+    turns = config.actor_rollout_ref.rollout.multi_turn
+    if turns.enable and turns.tool is None:
+        return (
+            "actor_rollout_ref.rollout.multi_turn.tool: given null, expected pkg.mod:fn with multi_turn.enable=true; "
+            "mend it with actor_rollout_ref.rollout.multi_turn.enable=false"
+        )
+    return None
+
+
+def _validation_has_files(config: Config) -> str | None:
+    trainer = config.trainer
+    if config.data.val_files is None and (trainer.test_freq > 0 or trainer.val_before_train):
+        return (
+            f"data.val_files: given null, expected a file with trainer.test_freq={trainer.test_freq} and "
+            f"trainer.val_before_train={str(trainer.val_before_train).lower()}; "
+            "mend it with trainer.test_freq=-1 trainer.val_before_train=false"
+        )
+    return None
+
+
+def _never_is_minus_one(config: Config) -> str | None:
+    rollout = config.actor_rollout_ref.rollout
+    given = {
+        "trainer.save_freq": (config.trainer.save_freq, "only the last step"),
+        "trainer.test_freq": (config.trainer.test_freq, "never"),
+        "actor_rollout_ref.rollout.top_k": (rollout.top_k, "all tokens"),
+        "actor_rollout_ref.rollout.val_kwargs.top_k": (rollout.val_kwargs.top_k, "all tokens"),
+    }
+    for key, (value, meaning) in given.items():
+        if value == 0:
+            return f"{key}: given 0, expected at least 1, or -1 ({meaning}); mend it with {key}=-1"
+    return None
+
+
+def _in_process_is_one_worker(config: Config) -> str | None:
+    trainer = config.trainer
+    workers = trainer.nnodes * (trainer.n_gpus_per_node or 1)
+    if trainer.backend == "inprocess" and workers > 1:
+        return (
+            f"trainer.backend: given inprocess with {workers} workers, expected one; "
+            f"mend it with trainer.nnodes=1 trainer.n_gpus_per_node=1, or trainer.backend=ray"
+        )
+    return None
+
+
+def _workers_have_prompts(config: Config) -> str | None:
+    trainer = config.trainer
+    check_world_size(config, trainer.nnodes * (trainer.n_gpus_per_node or 1))
+    return None
+
+
+def _reward_has_a_module(config: Config) -> str | None:
+    reward = config.custom_reward_function
+    if reward.path is None and not re.match(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", reward.name):
+        return (
+            f"custom_reward_function.name: given {reward.name!r} without custom_reward_function.path, expected pkg.mod:fn; "
+            f"mend it with custom_reward_function.path=<file>.py"
+        )
+    if reward.path is not None and ":" in reward.name:
+        return (
+            f"custom_reward_function.name: given {reward.name!r}, expected the name of a function in {reward.path}; "
+            f"mend it with custom_reward_function.name=compute_score"
+        )
+    return None
+
+
+_RULES: tuple[Callable[[Config], str | None], ...] = (
+    _mini_batches_divide,
+    _groups_are_groups,
+    _longest_sample_fits,
+    _resume_is_whole,
+    _turns_have_a_tool,
+    _validation_has_files,
+    _never_is_minus_one,
+    _reward_has_a_module,
+    _in_process_is_one_worker,
+    _workers_have_prompts,
+)

@@ -1,0 +1,283 @@
+"""The shape of a run's configuration: one frozen pydantic model for each section of configs/trainer.yaml.
+
+Plain values go in (what hydra composed, lists turned into tuples), a `Config` comes out, or pydantic's errors, which config.py
+words for people. It exists so that the rest of the package reads typed attributes. No field has a default here: the YAML files
+are the one place where defaults live. Types are strict: `"3"` is not a number and `true` is not 1.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from agentlightning.types import SamplingParams
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+EveryOrNever = Annotated[int, Field(ge=-1)]  # -1 never; rules.py refuses 0
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+KLKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"]
+KLLossKind = Literal[
+    "kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+"
+]
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, strict, and without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """`data`: where the prompts come from, how many a step, how long."""
+
+    train_files: Text | Texts
+    val_files: Text | Texts | None
+    train_batch_size: Count  # prompts a step
+    val_batch_size: Count | None  # prompts at a time; None = all
+    max_prompt_length: Count  # tokens
+    max_response_length: Count  # tokens, observations included
+    prompt_key: Text
+    reward_fn_key: Text
+    shuffle: bool
+    seed: Natural
+    filter_overlong_prompts: bool
+    truncation: Literal["error", "left", "right"]
+    train_max_samples: Count | None
+
+
+class ModelConfig(Section):
+    """`actor_rollout_ref.model`: the frozen base and the adapter on it."""
+
+    path: Text
+    dtype: Literal["auto", "float32", "bfloat16"]
+    lora_rank: Count
+    lora_alpha: Count
+    target_modules: Text | Texts
+    enable_gradient_checkpointing: bool
+
+
+class ActorOptimConfig(Section):
+    """`actor_rollout_ref.actor.optim`: AdamW and its schedule, counted in optimizer steps."""
+
+    lr: Positive
+    lr_warmup_steps: Annotated[int, Field(ge=-1)]  # -1: lr_warmup_steps_ratio of all steps
+    lr_warmup_steps_ratio: Fraction
+    weight_decay: NonNegative
+    betas: tuple[Beta, Beta]
+    lr_scheduler_type: Literal["constant", "cosine", "linear"]
+    min_lr_ratio: Fraction
+
+
+class ActorConfig(Section):
+    """`actor_rollout_ref.actor`: the policy's loss and its batches."""
+
+    ppo_mini_batch_size: Count  # prompts an optimizer step
+    ppo_micro_batch_size_per_gpu: Count  # samples
+    use_dynamic_bsz: bool
+    ppo_max_token_len_per_gpu: Count  # tokens
+    clip_ratio: NonNegative
+    clip_ratio_low: Fraction
+    clip_ratio_high: NonNegative
+    clip_ratio_c: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    loss_agg_mode: LossAggMode
+    entropy_coeff: Annotated[float, Field(allow_inf_nan=False)]
+    use_kl_loss: bool
+    kl_loss_coef: NonNegative
+    kl_loss_type: KLLossKind
+    ppo_epochs: Count
+    shuffle: bool
+    grad_clip: Positive
+    optim: ActorOptimConfig
+
+
+class MultiTurnConfig(Section):
+    """`actor_rollout_ref.rollout.multi_turn`: turns with a tool between them."""
+
+    enable: bool
+    tool: FunctionName | None
+    max_assistant_turns: Count
+    max_tokens_per_turn: Count | None
+
+
+class ValKwargs(Section):
+    """`actor_rollout_ref.rollout.val_kwargs`: how validation samples."""
+
+    n: Count
+    do_sample: bool
+    temperature: Positive
+    top_k: EveryOrNever
+    top_p: Share
+
+
+class RolloutConfig(Section):
+    """`actor_rollout_ref.rollout`: how completions are sampled."""
+
+    n: Count
+    temperature: Positive
+    top_k: EveryOrNever
+    top_p: Share
+    stop: tuple[Text, ...]
+    max_num_seqs: Count
+    merge_lora: Literal["auto", True, False]
+    log_prob_micro_batch_size_per_gpu: Count
+    multi_turn: MultiTurnConfig
+    val_kwargs: ValKwargs
+
+
+class RefConfig(Section):
+    """`actor_rollout_ref.ref`: the base with its adapters off."""
+
+    log_prob_micro_batch_size_per_gpu: Count
+
+
+class ActorRolloutRefConfig(Section):
+    """`actor_rollout_ref`: everything that shares the one frozen base."""
+
+    model: ModelConfig
+    actor: ActorConfig
+    rollout: RolloutConfig
+    ref: RefConfig
+
+
+class CriticOptimConfig(Section):
+    """`critic.optim`: AdamW at a constant rate."""
+
+    lr: Positive
+    weight_decay: NonNegative
+    betas: tuple[Beta, Beta]
+
+
+class CriticModelConfig(Section):
+    """`critic.model`: the critic's own adapter, where `critic.kind=adapter`."""
+
+    lora_rank: Count
+    lora_alpha: Count
+
+
+class CriticConfig(Section):
+    """`critic`: the value function of `algorithm.adv_estimator=gae`."""
+
+    kind: Literal["adapter", "head"]
+    ppo_mini_batch_size: Count  # prompts
+    ppo_micro_batch_size_per_gpu: Count  # samples
+    ppo_epochs: Count
+    cliprange_value: Positive
+    grad_clip: Positive
+    loss_agg_mode: LossAggMode
+    optim: CriticOptimConfig
+    model: CriticModelConfig
+
+
+class RewardFunctionConfig(Section):
+    """`custom_reward_function`: a function in a file (`path`), or `pkg.mod:fn` in `name`."""
+
+    path: Text | None
+    name: Text
+
+
+class KLCtrlConfig(Section):
+    """`algorithm.kl_ctrl`: the coefficient of the KL in the reward."""
+
+    type: Literal["fixed", "adaptive"]
+    kl_coef: NonNegative
+    horizon: Positive
+    target_kl: Positive
+
+
+class AlgorithmConfig(Section):
+    """`algorithm`: how rewards become advantages."""
+
+    adv_estimator: Literal["gae", "grpo", "rloo"]
+    gamma: Fraction
+    lam: Fraction
+    norm_adv_by_std_in_grpo: bool
+    use_kl_in_reward: bool
+    kl_penalty: KLKind
+    kl_ctrl: KLCtrlConfig
+
+
+class TrainerConfig(Section):
+    """`trainer`: how long, where, how often."""
+
+    total_epochs: Count
+    total_training_steps: Count | None
+    project_name: Text
+    experiment_name: Text
+    default_local_dir: Text
+    logger: tuple[Literal["console", "wandb"], ...]
+    log_rollout_freq: Natural
+    nnodes: Count
+    n_gpus_per_node: Count | None
+    device: Literal["auto", "cpu", "cuda"]
+    backend: Literal["ray", "inprocess"]
+    num_threads: Count | None
+    seed: Natural
+    save_freq: EveryOrNever
+    test_freq: EveryOrNever
+    val_before_train: bool
+    critic_warmup: Natural
+    resume_mode: Literal["auto", "disable", "resume_path"]
+    resume_from_path: Text | Natural | None
+    max_actor_ckpt_to_keep: Count | None
+
+
+class RayKwargs(Section):
+    """`ray_kwargs`: what is handed to Ray as it is."""
+
+    ray_init: dict[str, Any]
+
+
+class Config(Section):
+    """A whole, checked run configuration."""
+
+    data: DataConfig
+    actor_rollout_ref: ActorRolloutRefConfig
+    critic: CriticConfig
+    custom_reward_function: RewardFunctionConfig
+    algorithm: AlgorithmConfig
+    trainer: TrainerConfig
+    ray_kwargs: RayKwargs
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether a value function is trained."""
+        return self.algorithm.adv_estimator == "gae"
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the log-probabilities of the base are needed."""
+        return self.algorithm.use_kl_in_reward or self.actor_rollout_ref.actor.use_kl_loss
+
+    def train_sampling(self) -> SamplingParams:
+        """How the training rollouts are drawn."""
+        rollout = self.actor_rollout_ref.rollout
+        return self._sampling(rollout.n, rollout.temperature, rollout.top_k, rollout.top_p)
+
+    def val_sampling(self) -> SamplingParams:
+        """How validation rollouts are drawn; greedy unless `val_kwargs.do_sample`."""
+        val = self.actor_rollout_ref.rollout.val_kwargs
+        return self._sampling(val.n, val.temperature if val.do_sample else 0.0, val.top_k, val.top_p)
+
+    def _sampling(self, n: int, temperature: float, top_k: int, top_p: float) -> SamplingParams:
+        rollout = self.actor_rollout_ref.rollout
+        turns = rollout.multi_turn
+        return SamplingParams(
+            n=n,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_tokens=self.data.max_response_length,
+            stop=rollout.stop,
+            max_assistant_turns=turns.max_assistant_turns if turns.enable else 1,
+            max_tokens_per_turn=turns.max_tokens_per_turn if turns.enable else None,
+        )
