@@ -1,0 +1,218 @@
+"""Where a run's numbers go: metrics.jsonl and reward.png always, Weights & Biases if asked.
+
+One flat dict of metrics a step goes in; metrics.jsonl holds one line a step, each step exactly once however often the run was
+killed. It exists apart from the trainer because going on in the same file is delicate: a step whose checkpoint was not
+committed is done again, and a checkpointed step may lack its line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from agentlightning.checkpoint.files import replace_file
+from agentlightning.errors import ConfigError, DataError
+from agentlightning.verl.metrics import ATTEMPT, STEP
+from agentlightning.verl.plot import draw_reward_curve
+
+if TYPE_CHECKING:
+    import wandb
+
+METRICS_FILE = "metrics.jsonl"
+REWARD_PICTURE = "reward.png"
+WANDB_ID_FILE = "wandb_run_id.txt"
+_SECONDS_BETWEEN_PICTURES = 20.0  # a picture costs about 0.1 s
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a step, in the order of the steps. `lines` is what the file holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = _read_lines(path)
+
+    @property
+    def last_step(self) -> int:
+        """The newest step with a line; -1 where there is none (step 0 is the validation before training)."""
+        return self.lines[-1][STEP] if self.lines else -1
+
+    def truncate_after(self, step: int) -> int:
+        """Keep the lines up to `step`, in one atomic exchange of the file. Returns how many later ones were dropped.
+
+        Must be called before the first `append`: it also removes a last line that a kill tore.
+        """
+        kept = [line for line in self.lines if line[STEP] <= step]
+        dropped = len(self.lines) - len(kept)
+        self.lines = kept
+        if self.path.exists() or kept:
+            replace_file(self.path, b"".join(_encoded(line) for line in kept))
+        return dropped
+
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add the line of `step`, which must come after every step in the file; it is on the disk when this returns."""
+        if step <= self.last_step:
+            raise ValueError(f"{self.path} already has a line of step {self.last_step}; step {step} cannot follow it")
+        line = {STEP: step, **{name: _plain(value) for name, value in metrics.items()}}
+        with self.path.open("ab") as file:
+            file.write(_encoded(line))
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.append(line)
+
+
+class Tracking:
+    """The loggers of one run.
+
+    Start: `tracking = Tracking(run_dir, ...)`, then `resume(step, metrics)` with the step of the checkpoint (0 for a new run).
+    Each step: `log(step, metrics)`. End: `finish()`. `attempt` counts the starts whose lines have been in metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        logger: Sequence[Literal["console", "wandb"]] = (),
+        project_name: str = "agentlightning",
+        experiment_name: str = "",
+        config: Mapping[str, Any] | None = None,
+        wandb_run_id: str | None = None,
+    ) -> None:
+        """`wandb_run_id`: the one a checkpoint holds; without it the run directory's own is used, or a new one made."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        self.title = f"{project_name} / {experiment_name}"
+        self.file = MetricsFile(run_dir / METRICS_FILE)
+        self.attempt = 1 + max((line.get(ATTEMPT, 0) for line in self.file.lines), default=0)
+        self.wandb_run_id: str | None = None
+        self._wandb: wandb.Run | None = None
+        self._last_picture = time.monotonic()
+        if "wandb" in logger:
+            self.wandb_run_id = wandb_run_id or _kept_wandb_id(run_dir / WANDB_ID_FILE)
+            self._wandb = _start_wandb(run_dir, self.wandb_run_id, project_name, experiment_name, config or {})
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """Every line of metrics.jsonl so far."""
+        return self.file.lines
+
+    @property
+    def picture(self) -> Path:
+        """Where reward.png lies."""
+        return self.run_dir / REWARD_PICTURE
+
+    @property
+    def wandb_url(self) -> str | None:
+        """The run's page; None without W&B or offline."""
+        return self._wandb.url if self._wandb is not None else None
+
+    def resume(self, step: int, metrics: Mapping[str, Any] | None = None) -> int:
+        """Go on after the checkpoint of `step`, whose own line was `metrics`. Returns how many lines will be done again.
+
+        The line of `step` is written if a kill came between the commit of its checkpoint and its line. With `step=0`, where no
+        checkpoint is, no line stays.
+        """
+        dropped = self.file.truncate_after(step if step > 0 else -1)
+        if metrics is not None and self.file.last_step < step:
+            self.log(step, metrics)
+        return dropped
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One finished step. metrics.jsonl has it, with `training/attempt`, on the disk when this returns."""
+        metrics = {ATTEMPT: self.attempt, **metrics}
+        self.file.append(step, metrics)
+        # W&B knows no way back: a step that is done again gives the same numbers, which it already has.
+        if self._wandb is not None and step >= self._wandb.step:
+            self._wandb.log(dict(metrics), step=step)
+        if time.monotonic() - self._last_picture > _SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+    def draw(self) -> None:
+        """Bring reward.png up to date."""
+        draw_reward_curve(self.history, self.picture, self.title)
+        self._last_picture = time.monotonic()
+
+    def finish(self, exit_code: int = 0) -> None:
+        """The last picture, and W&B's own end."""
+        self.draw()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+
+
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> int | float | None:
+    """numpy's scalars as Python's; NaN and inf, which JSON does not know and other readers stop at, as null."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a torn last one (a kill while it was written) is passed over."""
+    if not path.is_file():
+        return []
+    texts = path.read_bytes().split(b"\n")
+    whole = texts[:-1]  # a whole line ends in a newline, and behind the last one there is nothing
+    lines = [_parsed(path, number, text) for number, text in enumerate(whole, start=1) if text.strip()]
+    for before, after in itertools.pairwise(lines):
+        if after[STEP] <= before[STEP]:
+            raise _not_ours(path, f"step {after[STEP]} follows step {before[STEP]}")
+    return lines
+
+
+def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise _not_ours(path, f"line {number} is not JSON ({error})") from error
+    if not isinstance(line, dict) or not isinstance(line.get(STEP), int):
+        raise _not_ours(path, f"line {number} has no {STEP}")
+    return line
+
+
+def _not_ours(path: Path, what: str) -> DataError:
+    return DataError(
+        f"{path}: {what}; expected one JSON object a step, in order; mend the file, or start in another directory with "
+        "trainer.default_local_dir=<directory>"
+    )
+
+
+def _kept_wandb_id(path: Path) -> str:
+    """The W&B run id of this run directory, made and kept at its first start, before any checkpoint exists."""
+    if path.is_file():
+        return path.read_text().strip()
+    run_id = secrets.token_hex(4)
+    replace_file(path, f"{run_id}\n".encode())
+    return run_id
+
+
+def _start_wandb(run_dir: Path, run_id: str, project: str, name: str, config: Mapping[str, Any]) -> wandb.Run:
+    import wandb
+
+    try:
+        return wandb.init(
+            project=project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(config),
+            # The console shows what is to be seen; capturing its live display would garble both.
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"trainer.logger: given wandb, which does not start: {error}; log in with `wandb login`, work offline with "
+            "WANDB_MODE=offline in the environment, or mend it with trainer.logger=[console]"
+        ) from error
