@@ -28,6 +28,7 @@ def value_loss(
 
     Metrics, each a mean over tokens: `vf_clipfrac` (share of tokens where the clipped error is the larger) and `vpred_mean`.
     """
+    vpreds_BT = torch.where(mask_BT.bool(), vpreds_BT, 0.0)  # else a NaN outside the mask comes back in the gradient as 0 * NaN
     near_BT = torch.clamp(vpreds_BT, values_BT - cliprange_value, values_BT + cliprange_value)
     plain_BT = (vpreds_BT - returns_BT).square()
     clipped_BT = (near_BT - returns_BT).square()
