@@ -13,6 +13,16 @@ from typing import Any, Literal
 import numpy as np
 
 StopReason = Literal["stop", "length", "turns"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraShape:
+    """An adapter in PEFT's words. `target_modules` is a list of module names, or "all-linear"."""
+
+    rank: int
+    alpha: float
+    target_modules: str | tuple[str, ...] = "all-linear"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The frozen base, its adapters, and the passes over them."""

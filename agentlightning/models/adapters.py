@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +18,7 @@ from transformers import PreTrainedModel
 
 from agentlightning.errors import UserError
 from agentlightning.models.base import shallow_copy
-
-
-@dataclass(frozen=True, slots=True)
-class LoraShape:
-    """PEFT's words. `target_modules` is a list of module names, or "all-linear"."""
-
-    rank: int
-    alpha: float
-    target_modules: str | tuple[str, ...] = "all-linear"
+from agentlightning.types import LoraShape
 
 
 class Adapters:

@@ -7,19 +7,13 @@ head that is a plain matrix product (log-probabilities are computed chunk by chu
 from __future__ import annotations
 
 import copy
-from typing import Literal
-
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agentlightning.errors import UserError
+from agentlightning.models.chat import not_found
+from agentlightning.types import DType
 
-DType = Literal["auto", "float32", "bfloat16"]
-
-_NOT_FOUND = (
-    "no model at {path!r}: {reason}; expected a directory with config.json and safetensors, or the name of a model that is in the "
-    "local cache: actor_rollout_ref.model.path=/path/to/model, or model=tiny for the embedded one"
-)
 # Settings of other families that change the logits after the output head.
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 
@@ -31,14 +25,6 @@ def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`. Raises `UserError` if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(_NOT_FOUND.format(path=path, reason=_first_line(error))) from error
-
-
 def load_base(path: str, dtype: DType, device: torch.device, gradient_checkpointing: bool) -> PreTrainedModel:
     """The model at `path`, frozen, on `device`. Raises `UserError` if it is not there or of a kind the engine cannot run."""
     try:
@@ -46,7 +32,7 @@ def load_base(path: str, dtype: DType, device: torch.device, gradient_checkpoint
             path, dtype=resolve_dtype(dtype, device), attn_implementation="sdpa", use_safetensors=True, device_map={"": device}
         )
     except (OSError, ValueError) as error:
-        raise UserError(_NOT_FOUND.format(path=path, reason=_first_line(error))) from error
+        raise not_found(path, error) from error
     _check_supported(path, model.config)
     model.requires_grad_(False)
     model.eval()
@@ -74,7 +60,3 @@ def _check_supported(path: str, config: PreTrainedConfig) -> None:
                 f"the model at {path!r} changes its logits after the output head ({name}={settings[name]}), which the training pass "
                 "does not know: choose another actor_rollout_ref.model.path"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,11 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from agentlightning.errors import UserError
 
 _MARK = "\u241e"  # the visible record separator: no template writes it
+
+
+def not_found(path: str, error: Exception) -> UserError:
+    """The error for a model path that leads nowhere."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"no model at {path!r}: {reason}; expected a directory with config.json, tokenizer and safetensors, or the name of a model on "
+        "the Hugging Face hub: actor_rollout_ref.model.path=/path/to/model, or model=tiny for the embedded one"
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`. Raises `UserError` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise not_found(path, error) from error
 
 
 class ChatRenderer:

@@ -194,7 +194,9 @@ class _Generation:
         assert self.cache is not None
         samples, rows = self.samples, self.rows
         at_R = samples.count_N[rows]
-        hidden_R1H = self._forward(self.cache, samples.last_token_N[rows][:, None], (samples.prompt_len_N[rows] + at_R - 1)[:, None])
+        hidden_R1H = self._forward(
+            self.cache, samples.last_token_N[rows][:, None], (samples.prompt_len_N[rows] + at_R - 1)[:, None]
+        )
         logits_RV = self.engine.model.get_output_embeddings()(hidden_R1H[:, 0])
         uniform_R = torch.as_tensor(samples.uniform_NT[rows, at_R], device=self.device)
         token_R, logp_R = choose(logits_RV, uniform_R, self.params)
@@ -270,7 +272,9 @@ class _Generation:
     def _leave(self) -> None:
         """Rows whose sample has ended leave the cache."""
         assert self.cache is not None
-        stay = np.array([row for row, sample in enumerate(self.rows) if self.samples.stop_reason[sample] is None], dtype=np.int64)
+        stay = np.array(
+            [row for row, sample in enumerate(self.rows) if self.samples.stop_reason[sample] is None], dtype=np.int64
+        )
         if len(stay) < len(self.rows):
             self.rows = self.rows[stay]
             self.cache.take(torch.as_tensor(stay, device=self.device))

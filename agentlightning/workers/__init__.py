@@ -1,0 +1,1 @@
+"""One worker, and many as one."""

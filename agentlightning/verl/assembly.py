@@ -1,0 +1,158 @@
+"""From the checked configuration to running workers: which device, how many, and what each is told.
+
+Enters: a `Config`. Leaves: a `WorkerGroup` that has loaded its model. Ray comes up while torch, the tokenizer and the data load.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from agentlightning.errors import ConfigError
+from agentlightning.types import LoraShape
+from agentlightning.verl.schema import Config
+from agentlightning.workers.settings import (
+    ActorSettings,
+    CriticSettings,
+    MicroBatchSettings,
+    OptimSettings,
+    RolloutSettings,
+    WorkerSettings,
+)
+
+if TYPE_CHECKING:
+    from agentlightning.workers.group import WorkerGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How many workers, on what, with how many threads each."""
+
+    world_size: int
+    device: Literal["cpu", "cuda"]
+    num_threads: int
+
+
+def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
+    """Workers for a cluster with `gpus` GPUs, whose nodes have `cores` CPU cores.
+
+    Raises `ConfigError` if more are asked for than there are.
+    """
+    trainer = config.trainer
+    device = ("cuda" if gpus else "cpu") if trainer.device == "auto" else trainer.device
+    if device == "cuda":
+        asked = trainer.n_gpus_per_node * trainer.nnodes if trainer.n_gpus_per_node is not None else gpus
+        if gpus == 0 or asked > gpus:
+            raise ConfigError(
+                f"{asked or 'some'} GPUs were asked for and there are {gpus}: set trainer.n_gpus_per_node (a node) and trainer.nnodes "
+                "to what is there, or trainer.device=cpu"
+            )
+    else:
+        asked = (trainer.n_gpus_per_node or 1) * trainer.nnodes
+    if trainer.backend == "inprocess" and asked != 1:
+        if trainer.n_gpus_per_node is None:
+            asked = 1
+        else:
+            raise ConfigError(
+                f"trainer.backend=inprocess runs one worker, but {asked} were asked for: trainer.n_gpus_per_node=1"
+            )
+    per_node = max(1, asked // trainer.nnodes)
+    return Placement(asked, device, trainer.num_threads or max(1, cores // per_node))
+
+
+def start_workers(config: Config, total_steps: int) -> tuple[WorkerGroup, Placement]:
+    """Place the workers and load the model on them. With Ray, `start_ray` has been called before."""
+    from agentlightning.workers.group import InProcess, WorkerGroup
+
+    cores = os.cpu_count() or 1
+    if config.trainer.backend == "inprocess":
+        import torch
+
+        placement = choose_placement(config, torch.cuda.device_count(), cores)
+        return WorkerGroup(InProcess(worker_settings(config, placement, total_steps))), placement
+    from agentlightning.workers.ray_backend import RayWorkers, cluster_gpus
+
+    placement = choose_placement(config, cluster_gpus(), cores)
+    workers = RayWorkers(
+        placement.world_size,
+        gpus_per_worker=1 if placement.device == "cuda" else 0,
+        cpus_per_worker=1,
+        log_dir=Path(config.trainer.default_local_dir).resolve() / "logs",
+    )
+    workers.build(worker_settings(config, placement, total_steps))
+    return WorkerGroup(workers), placement
+
+
+def worker_settings(config: Config, placement: Placement, total_steps: int) -> WorkerSettings:
+    """What every worker is told."""
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    return WorkerSettings(
+        model_path=model.path,
+        dtype=model.dtype,
+        device=placement.device,
+        gradient_checkpointing=model.enable_gradient_checkpointing,
+        lora=LoraShape(model.lora_rank, model.lora_alpha, model.target_modules),
+        seed=config.trainer.seed,
+        num_threads=placement.num_threads,
+        actor=_actor_settings(config, total_steps),
+        rollout=RolloutSettings(
+            max_num_seqs=rollout.max_num_seqs,
+            merge_lora=None if rollout.merge_lora == "auto" else rollout.merge_lora,
+            tool=rollout.multi_turn.tool if rollout.multi_turn.enable else None,
+        ),
+        critic=_critic_settings(config, total_steps) if config.uses_critic else None,
+    )
+
+
+def _actor_settings(config: Config, total_steps: int) -> ActorSettings:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    optim = actor.optim
+    warmup = optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else int(optim.lr_warmup_steps_ratio * total_steps)
+    return ActorSettings(
+        optim=OptimSettings(
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            grad_clip=actor.grad_clip,
+            warmup_steps=warmup,
+            scheduler=optim.lr_scheduler_type,
+            min_lr_ratio=optim.min_lr_ratio,
+            total_steps=total_steps,
+        ),
+        micro_batch=_micro_batch(config, actor.ppo_micro_batch_size_per_gpu),
+        log_prob_micro_batch=_micro_batch(config, rollout.log_prob_micro_batch_size_per_gpu),
+        ref_micro_batch=_micro_batch(config, config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu),
+        temperature=rollout.temperature,
+        clip_ratio_low=actor.clip_ratio_low,
+        clip_ratio_high=actor.clip_ratio_high,
+        clip_ratio_c=actor.clip_ratio_c,
+        loss_agg_mode=actor.loss_agg_mode,
+        entropy_coeff=actor.entropy_coeff,
+        kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_loss_type=actor.kl_loss_type,
+    )
+
+
+def _critic_settings(config: Config, total_steps: int) -> CriticSettings:
+    critic = config.critic
+    return CriticSettings(
+        kind=critic.kind,
+        lora=LoraShape(critic.model.lora_rank, critic.model.lora_alpha, config.actor_rollout_ref.model.target_modules),
+        optim=OptimSettings(
+            lr=critic.optim.lr,
+            betas=critic.optim.betas,
+            weight_decay=critic.optim.weight_decay,
+            grad_clip=critic.grad_clip,
+            total_steps=total_steps,
+        ),
+        micro_batch=_micro_batch(config, critic.ppo_micro_batch_size_per_gpu),
+        cliprange_value=critic.cliprange_value,
+        loss_agg_mode=critic.loss_agg_mode,
+    )
+
+
+def _micro_batch(config: Config, rows: int) -> MicroBatchSettings:
+    actor = config.actor_rollout_ref.actor
+    return MicroBatchSettings(rows, actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None)

@@ -1,0 +1,181 @@
+"""The worker group: one call in the controller becomes one call on every worker, and their answers one answer.
+
+Two back ends with the same objects behind them: `InProcess` (one worker, here; breakpoints work) and `agentlightning.workers.ray_backend`
+(one process a GPU or CPU slot). What is split, and how, is a pure function of the batch and the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from agentlightning.errors import StaleAdapterError
+from agentlightning.types import Batch, Completion, Prompt, SamplingParams
+from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch, WorkerState
+from agentlightning.workers.micro_batch import balanced_shards
+from agentlightning.workers.settings import WorkerSettings
+
+
+class Backend(Protocol):
+    """Runs `Worker` methods: `arguments[rank]` are those of worker `rank`."""
+
+    world_size: int
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers of all workers, by rank."""
+        ...
+
+    def call_first(self, method: str, *arguments: Any) -> Any:
+        """The answer of worker 0, the others left alone."""
+        ...
+
+    def close(self) -> None:
+        """End the workers."""
+        ...
+
+
+class InProcess:
+    """One worker in this process."""
+
+    world_size = 1
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        from agentlightning.workers.worker import Worker  # the controller of a Ray run never needs the model code
+
+        self.worker = Worker(settings)
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See `Backend`."""
+        return [getattr(self.worker, method)(*arguments[0])]
+
+    def call_first(self, method: str, *arguments: Any) -> Any:
+        """See `Backend`."""
+        return getattr(self.worker, method)(*arguments)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class WorkerGroup:
+    """What the trainer talks to."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.world_size = backend.world_size
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int, step: int, version: int
+    ) -> list[Completion]:
+        """`params.n` completions of each prompt, prompt by prompt, by adapter `version`."""
+        lengths = np.array([len(prompt.token_ids) for prompt in prompts])
+        shards = balanced_shards(lengths, self.world_size)
+        answers = self.backend.call(
+            "generate", [([prompts[i] for i in shard], params, seed, step, version) for shard in shards]
+        )
+        result: list[Completion | None] = [None] * (len(prompts) * params.n)
+        for shard, completions in zip(shards, answers, strict=True):
+            for place, prompt in enumerate(shard):
+                result[prompt * params.n : (prompt + 1) * params.n] = completions[place * params.n : (place + 1) * params.n]
+        done = [completion for completion in result if completion is not None]
+        if any(completion.adapter_version != version for completion in done):
+            raise StaleAdapterError(f"a worker answered with completions of another adapter version than {version}")
+        return done
+
+    def compute_log_prob(self, batch: Batch) -> LogProbs:
+        """Log-probabilities under the present adapter, [B, T]."""
+        return self._log_probs("compute_log_prob", batch)
+
+    def compute_ref_log_prob(self, batch: Batch) -> LogProbs:
+        """Log-probabilities with the adapter off, [B, T]."""
+        return self._log_probs("compute_ref_log_prob", batch)
+
+    def compute_values(self, batch: Batch) -> np.ndarray:
+        """Values of the states before each response token, [B, T]."""
+        shards = self._shards(batch)
+        answers = self.backend.call("compute_values", [(batch.rows(shard),) for shard in shards])
+        return _gather(answers, shards, batch, 0.0)
+
+    def update_actor(
+        self, batch: Batch, mini_batches: Sequence[MiniBatch], training_step: int
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """One optimizer step a mini-batch. Returns metrics (mean over the steps) and the first pass's log-probabilities [B, T]."""
+        shards = self._shards(batch)
+        updates: list[ActorUpdate] = self.backend.call(
+            "update_actor", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards]
+        )
+        log_probs_BT = _gather([update.log_probs_BT for update in updates], shards, batch, np.nan)
+        metrics = _reduce([update.metrics for update in updates])
+        tokens = metrics.pop("entropy_tokens", 0.0)
+        metrics["entropy"] = metrics.pop("entropy_sum", 0.0) / tokens if tokens else 0.0
+        return metrics, log_probs_BT
+
+    def update_critic(self, batch: Batch, mini_batches: Sequence[MiniBatch], training_step: int) -> dict[str, float]:
+        """One optimizer step a mini-batch. Returns metrics, the mean over the steps."""
+        shards = self._shards(batch)
+        return _reduce(
+            self.backend.call(
+                "update_critic", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards]
+            )
+        )
+
+    def update_weights(self, version: int) -> None:
+        """All engines sample from the present adapter from now on."""
+        self._same("update_weights", version)
+
+    def state(self) -> WorkerState:
+        """Rank 0's state, which is everyone's."""
+        return self.backend.call_first("state")
+
+    def load_state(self, state: WorkerState) -> None:
+        """All workers go on from `state`."""
+        self._same("load_state", state)
+
+    def memory_gb(self) -> tuple[float, float]:
+        """Largest peak of device memory, and largest resident memory, of a worker, in GiB."""
+        answers = self._same("memory_gb")
+        return max(device for device, _ in answers), max(host for _, host in answers)
+
+    def close(self) -> None:
+        """End the workers."""
+        self.backend.close()
+
+    def _same(self, method: str, *arguments: Any) -> list[Any]:
+        return self.backend.call(method, [arguments] * self.world_size)
+
+    def _shards(self, batch: Batch) -> list[np.ndarray]:
+        return balanced_shards(batch.total_len_B, self.world_size)
+
+    def _log_probs(self, method: str, batch: Batch) -> LogProbs:
+        shards = self._shards(batch)
+        answers: list[LogProbs] = self.backend.call(method, [(batch.rows(shard),) for shard in shards])
+        log_probs_BT = _gather([answer.log_probs_BT for answer in answers], shards, batch, 0.0)
+        return LogProbs(log_probs_BT, sum(answer.entropy_sum for answer in answers), sum(answer.tokens for answer in answers))
+
+
+def _local(mini_batches: Sequence[MiniBatch], shard: np.ndarray) -> list[MiniBatch]:
+    """The mini-batches in terms of a shard's own rows; the counts stay those of all rows."""
+    place = {int(row): i for i, row in enumerate(shard)}
+    return [
+        MiniBatch(np.array([place[int(row)] for row in mini.rows if int(row) in place], dtype=np.int64), mini.denominators)
+        for mini in mini_batches
+    ]
+
+
+def _gather(parts: Sequence[np.ndarray], shards: Sequence[np.ndarray], batch: Batch, fill: float) -> np.ndarray:
+    """Rows of the workers back in the order of the batch, [B, T]."""
+    whole = np.full(batch.response_BT.shape, fill, dtype=np.float32)
+    for part, shard in zip(parts, shards, strict=True):
+        whole[shard, : part.shape[1]] = part
+    return whole
+
+
+def _reduce(workers: Sequence[Sequence[dict[str, float]]]) -> dict[str, float]:
+    """Metrics of [worker][optimizer step]: sums over workers, means over steps; norm and rate are the same everywhere."""
+    totals: dict[str, float] = {}
+    for metrics in zip(*workers, strict=True):
+        for name in {name for worker in metrics for name in worker}:
+            values = [worker[name] for worker in metrics if name in worker]
+            totals[name] = totals.get(name, 0.0) + (values[0] if name in ("grad_norm", "lr") else sum(values))
+    return {name: total / len(workers[0]) for name, total in sorted(totals.items())}

@@ -1,0 +1,156 @@
+"""Workers as Ray actors in a placement group: one GPU each, or CPU processes.
+
+Enters: settings and a number of workers. Leaves: a `Backend`. A worker that fails ends the run with its own error: its own
+exception, or where the process died, the last lines it wrote.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from agentlightning.errors import AgentLightningError, ConfigError, WorkerError
+from agentlightning.workers.settings import WorkerSettings
+
+_PLACEMENT_TIMEOUT_S = 60.0
+_LOG_LINES = 12
+
+
+class _WorkerActor:
+    """The process around a `Worker`. Imports torch when it starts to build, not when Ray looks at the class."""
+
+    def __init__(self, log_path: str) -> None:
+        log = open(log_path, "a", buffering=1)  # noqa: SIM115 - it stays open as long as the process lives
+        os.dup2(log.fileno(), 2)
+        faulthandler.enable(log)
+        # A scheduler that stops the job signals every process; the controller decides what happens then, not we.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def build(self, settings: WorkerSettings) -> None:
+        from agentlightning.workers.worker import Worker
+
+        self.worker = Worker(settings)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.worker, method)(*arguments)
+
+    def free_address(self) -> str:
+        host = ray.util.get_node_ip_address()
+        with closing(socket.socket()) as probe:
+            probe.bind(("", 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+
+class RayWorkers:
+    """A running group; `start` makes one without waiting, `finish` waits for it."""
+
+    def __init__(self, world_size: int, gpus_per_worker: int, cpus_per_worker: int, log_dir: Path) -> None:
+        self.world_size = world_size
+        self.log_paths = [log_dir / f"worker_{rank}.log" for rank in range(world_size)]
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self.group = _reserve(world_size, gpus_per_worker, cpus_per_worker)
+        remote = ray.remote(num_gpus=gpus_per_worker, num_cpus=cpus_per_worker)(_WorkerActor)
+        self.actors = [
+            remote.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
+            ).remote(str(path))
+            for rank, path in enumerate(self.log_paths)
+        ]
+
+    def build(self, settings: WorkerSettings) -> None:
+        """Load the model on every worker, and connect them if there are several."""
+        self._wait([actor.build.remote(settings) for actor in self.actors])
+        if self.world_size > 1:
+            [address] = self._wait([self.actors[0].free_address.remote()])
+            self.call("connect", [(rank, self.world_size, address) for rank in range(self.world_size)])
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See `Backend`."""
+        return self._wait([actor.call.remote(method, *args) for actor, args in zip(self.actors, arguments, strict=True)])
+
+    def call_first(self, method: str, *arguments: Any) -> Any:
+        """See `Backend`."""
+        return self._wait([self.actors[0].call.remote(method, *arguments)])[0]
+
+    def close(self) -> None:
+        """Kill the workers and give their resources back."""
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self.group)
+
+    def _wait(self, references: Sequence[Any]) -> list[Any]:
+        try:
+            return ray.get(list(references))
+        except RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, AgentLightningError) else error.as_instanceof_cause()) from None
+        except RayActorError as error:
+            raise WorkerError(f"a worker died: {_first_words(error)}\n{self._last_words()}") from None
+
+    def _last_words(self) -> str:
+        """The ends of the workers' logs."""
+        tails = []
+        for path in self.log_paths:
+            lines = path.read_text(errors="replace").splitlines()[-_LOG_LINES:] if path.is_file() else []
+            tails.append(f"{path}:\n" + ("\n".join(f"  {line}" for line in lines) or "  (nothing was written)"))
+        return "\n".join(tails)
+
+
+def start_ray(init: Mapping[str, Any], cpus: int) -> None:
+    """Join the cluster of RAY_ADDRESS, or start a quiet one of our own that no other run on this machine touches."""
+    import logging
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS") or "address" in init:
+        ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **init})
+        return
+    defaults = {
+        "address": "local",
+        "include_dashboard": False,
+        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+    }
+    ray.init(**{**defaults, **init})
+
+
+def cluster_gpus() -> int:
+    """GPUs the cluster has."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _reserve(world_size: int, gpus: int, cpus: int) -> PlacementGroup:
+    """A bundle a worker, packed by node. Raises `ConfigError` if the cluster has not so many."""
+    has = ray.cluster_resources()
+    needs = {"GPU": world_size * gpus, "CPU": world_size * cpus}
+    for kind, number in needs.items():
+        if number > has.get(kind, 0):
+            raise ConfigError(
+                f"{world_size} workers need {number} {kind}s, but the cluster has {int(has.get(kind, 0))}: set trainer.n_gpus_per_node "
+                "and trainer.nnodes to what is there, or leave trainer.n_gpus_per_node=null to take what the cluster has"
+            )
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    group = placement_group([dict(bundle) for _ in range(world_size)], strategy="PACK")
+    if not group.wait(_PLACEMENT_TIMEOUT_S):
+        remove_placement_group(group)
+        raise ConfigError(
+            f"the cluster did not free {needs} within {_PLACEMENT_TIMEOUT_S:.0f} s; it has {dict(has)}: end other jobs, or lower "
+            "trainer.n_gpus_per_node"
+        )
+    return group
+
+
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,157 @@
+"""One worker: a frozen base with its adapters, the engine that samples from it, and the losses that train it.
+
+A plain class: the group runs it in this process (breakpoints work) or as a Ray actor, and both give the same bits. Everything that
+enters or leaves is numpy, so that a call costs no more than its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from agentlightning.errors import ConfigError, StaleAdapterError
+from agentlightning.models.adapters import Adapters, MergedCopy
+from agentlightning.models.base import load_base
+from agentlightning.models.chat import ChatRenderer, load_tokenizer
+from agentlightning.rollout.engine import DecodeLoop, Engine, Tool
+from agentlightning.types import Batch, Completion, LoraShape, Prompt, SamplingParams
+from agentlightning.workers.actor import Actor
+from agentlightning.workers.critic import Critic
+from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs, MiniBatch, WorkerState
+from agentlightning.workers.optimizer import load_weights
+from agentlightning.workers.settings import WorkerSettings
+
+
+class Worker:
+    """Built from its settings alone; `rank` and `world_size` matter only to `connect`."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        torch.set_num_threads(settings.num_threads)
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        base = load_base(settings.model_path, settings.dtype, self.device, settings.gradient_checkpointing)
+        merge = base.dtype == torch.float32 if settings.rollout.merge_lora is None else settings.rollout.merge_lora
+        plain = MergedCopy.plain_copy(base) if merge else None
+        self.adapters = Adapters(base, self._lora_shapes(), settings.seed)
+        self.merged = MergedCopy(plain, self.adapters, Actor.name) if plain is not None else None
+        self.actor = Actor(self.adapters, settings.actor)
+        self.critic = Critic(self.adapters, settings.critic) if settings.critic is not None else None
+        self.engine: Engine = DecodeLoop(
+            model=self.merged.model if self.merged is not None else self.adapters.base,
+            renderer=ChatRenderer(load_tokenizer(settings.model_path)),
+            max_num_seqs=settings.rollout.max_num_seqs,
+            tool=load_tool(settings.rollout.tool) if settings.rollout.tool is not None else None,
+            inference=self._inference,
+        )
+        self.version = 0
+        self.update_weights(0)
+
+    def connect(self, rank: int, world_size: int, address: str) -> None:
+        """Join the other workers: gradients are summed over them from now on. `address` is `tcp://host:port` of rank 0."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seed: int, step: int, version: int
+    ) -> list[Completion]:
+        """Completions by adapter `version`. Raises `StaleAdapterError` if the engine holds another one."""
+        if version != self.version:
+            raise StaleAdapterError(f"asked for completions of adapter version {version}, but the engine holds {self.version}")
+        self.adapters.use(Actor.name)
+        return self.engine.generate(prompts, params, seed, step, version)
+
+    def compute_log_prob(self, batch: Batch) -> LogProbs:
+        """See `Actor.compute_log_prob`."""
+        return self.actor.compute_log_prob(batch)
+
+    def compute_ref_log_prob(self, batch: Batch) -> LogProbs:
+        """See `Actor.compute_ref_log_prob`."""
+        return self.actor.compute_ref_log_prob(batch)
+
+    def compute_values(self, batch: Batch) -> np.ndarray:
+        """See `Critic.compute_values`."""
+        return self._the_critic().compute_values(batch)
+
+    def update_actor(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> ActorUpdate:
+        """See `Actor.update`."""
+        return self.actor.update(batch, mini_batches, training_step)
+
+    def update_critic(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> list[dict[str, float]]:
+        """See `Critic.update`."""
+        return self._the_critic().update(batch, mini_batches, training_step)
+
+    def update_weights(self, version: int) -> None:
+        """The engine samples from the present adapter from now on, and calls it `version`."""
+        if self.merged is not None:
+            self.merged.refresh()
+        self.version = version
+
+    def state(self) -> WorkerState:
+        """What a checkpoint keeps."""
+        actor = AdapterState(
+            self.adapters.config_json(Actor.name), _arrays(self.actor.parameters), self.actor.optimizer.state()
+        )
+        if self.critic is None:
+            return WorkerState(self.version, actor)
+        config = self.adapters.config_json(Critic.name) if self.critic.adapter_parameters else {}
+        critic = AdapterState(config, _arrays(self.critic.adapter_parameters), self.critic.optimizer.state())
+        return WorkerState(self.version, actor, critic, _arrays(self.critic.head_parameters))
+
+    def load_state(self, state: WorkerState) -> None:
+        """Go on from `state`. Raises `CheckpointError` if it is of other shapes."""
+        load_weights(self.actor.parameters, state.actor.weights, "actor")
+        self.actor.optimizer.load_state(state.actor.optimizer)
+        if self.critic is not None and state.critic is not None and state.value_head is not None:
+            load_weights(self.critic.adapter_parameters, state.critic.weights, "critic")
+            load_weights(self.critic.head_parameters, state.value_head, "value head")
+            self.critic.optimizer.load_state(state.critic.optimizer)
+        self.update_weights(state.version)
+
+    def memory_gb(self) -> tuple[float, float]:
+        """Peak of allocated device memory and present resident memory of this process, in GiB."""
+        import psutil
+
+        device = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        return device, psutil.Process().memory_info().rss / 2**30
+
+    def _lora_shapes(self) -> dict[str, LoraShape]:
+        critic = self.settings.critic
+        shapes = {Actor.name: self.settings.lora}
+        return shapes | {Critic.name: critic.lora} if critic is not None and critic.kind == "adapter" else shapes
+
+    def _the_critic(self) -> Critic:
+        assert self.critic is not None, "this run has no critic"
+        return self.critic
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Gradient checkpointing switches the key-value cache off, so it must be off while sampling."""
+        if not self.settings.gradient_checkpointing:
+            yield
+            return
+        self.adapters.base.gradient_checkpointing_disable()
+        try:
+            yield
+        finally:
+            self.adapters.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_tool(spec: str) -> Tool:
+    """The tool at `pkg.mod:fn`. Raises `ConfigError` if there is none."""
+    module_name, _, function_name = spec.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"no tool at {spec!r}: {error}; expected an importable function pkg.mod:fn(text, extra_info) -> str | None: "
+            "actor_rollout_ref.rollout.multi_turn.tool=my_package.my_module:my_tool"
+        ) from error
+
+
+def _arrays(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, np.ndarray]:
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in parameters.items()}
