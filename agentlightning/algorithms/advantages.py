@@ -1,7 +1,7 @@
 """How much better each token was than expected: rewards [B, T] go in, (advantages, returns) [B, T] leave.
 
-Both are zero outside the mask. Every estimator counts the whole reward of a sample, wherever it lies: an environment may pay on a
-token that the policy did not choose.
+Both are zero outside the mask. Every estimator counts the whole reward of a sample, wherever it lies: an environment may pay
+on a token that the policy did not choose.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How far the policy has gone from the reference: log-probabilities go in, estimates or penalised rewards leave.
 
-The estimators are Schulman's (http://joschu.net/blog/kl-approx.html), of KL(policy, reference) in nats, on tokens that the policy
-drew. The controllers hold the coefficient; their state goes into the checkpoint.
+The estimators are Schulman's (http://joschu.net/blog/kl-approx.html), of KL(policy, reference) in nats, on tokens that the
+policy drew. The controllers hold the coefficient; their state goes into the checkpoint.
 """
 
 from __future__ import annotations
