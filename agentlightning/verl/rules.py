@@ -26,14 +26,8 @@ def check_rules(config: Config) -> None:
             raise ConfigError(complaint)
 
 
-def check_world_size(config: Config, world_size: int, available: int | None = None) -> None:
-    """`world_size` workers must each find a prompt, and `available` GPUs (None: unknown, or CPU) must be enough for them."""
-    if available is not None and world_size > available:
-        raise ConfigError(
-            f"trainer.n_gpus_per_node x trainer.nnodes: given {world_size} GPUs, expected at most the {available} that the "
-            f"cluster has; mend it with trainer.nnodes=1 trainer.n_gpus_per_node={max(available, 1)}"
-            + ("" if available else " trainer.device=cpu")
-        )
+def check_world_size(config: Config, world_size: int) -> None:
+    """Each of the `world_size` workers must find a prompt in a step."""
     prompts = config.data.train_batch_size
     if world_size > prompts:
         raise ConfigError(
