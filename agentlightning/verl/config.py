@@ -142,14 +142,21 @@ def _check_model_choice(override: Override) -> None:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    """Say that `key` is not there, and which one is nearest: by the whole name first, then by its last word."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not nearest:
-        last = key.rpartition(".")[2]
-        by_last_word = {leaf.rpartition(".")[2]: leaf for leaf in reversed(known)}
-        nearest = [by_last_word[word] for word in difflib.get_close_matches(last, by_last_word, n=1, cutoff=0.6)]
-    nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key {key!r}; did you mean {nearest[0]!r}? All keys: python -m agentlightning.verl --cfg job"
+    """Say that `key` is not there, and which one is nearest."""
+    return f"unknown key {key!r}; did you mean {_nearest(key, known)!r}? All keys: python -m agentlightning.verl --cfg job"
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The key that was probably meant: the same last word elsewhere, else a like name, else a like last word, else anything."""
+    last_word = {leaf: leaf.rpartition(".")[2] for leaf in known}
+    section, _, given = key.rpartition(".")
+    elsewhere = [leaf for leaf in known if last_word[leaf] == given]
+    if elsewhere:
+        return next((leaf for leaf in elsewhere if section and leaf.startswith(section)), elsewhere[0])
+    alike = difflib.get_close_matches(given, last_word.values(), n=1, cutoff=0.6)
+    words_alike = [leaf for leaf in known if last_word[leaf] in alike]
+    by_name = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return (by_name or words_alike or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -222,7 +229,10 @@ def _worded_key(key: str, details: Sequence[ErrorDetails], known: Sequence[str],
 
 
 def _message(detail: ErrorDetails) -> str:
-    return detail["msg"].removeprefix("Input should be ").replace("True or False", "true or false")
+    """pydantic's words for what it expected, in the ones that hydra's command line uses."""
+    text = detail["msg"].removeprefix("Input should be ").replace("True or False", "true or false")
+    text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    return text.replace("greater than", "more than")
 
 
 def _shown(value: Any) -> str:

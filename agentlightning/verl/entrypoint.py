@@ -12,7 +12,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from agentlightning.errors import UserError
+from agentlightning.errors import ConfigError, UserError
 from agentlightning.verl.config import CONFIG_NAME, Config, check_overrides, config_dir, load_config, validate
 from agentlightning.verl.rules import check_paths
 
@@ -20,29 +20,29 @@ from agentlightning.verl.rules import check_paths
 def main() -> int:
     """Run `python -m agentlightning.verl` with the words of `sys.argv`; returns the exit code."""
     try:
-        for config in _configs_of_command_line(sys.argv[1:]):
-            code = run(config)
-            if code != 0:
-                return code
+        config = _config_of_command_line(sys.argv[1:])
+        return run(config) if config is not None else 0
     except UserError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
         return 2
-    return 0
 
 
 def run(config: Config) -> int:
     """Train as `config` says; returns the exit code. torch and ray are imported here, not before the configuration is right."""
     check_paths(config)
-    from agentlightning.verl.trainer import AgentLightningTrainer
+    from agentlightning.verl.launch import launch
 
-    return AgentLightningTrainer(config).fit()
+    return launch(config)
 
 
-def _configs_of_command_line(words: list[str]) -> list[Config]:
-    """One configuration; with flags (--help, --cfg job, --multirun, --config-dir) what hydra itself makes of them."""
-    if not any(word.startswith("-") for word in words):
-        return [load_config(words)]
+def _config_of_command_line(words: list[str]) -> Config | None:
+    """The configuration. Flags (--help, --cfg job, --config-dir) are hydra's; None where it only printed something."""
+    flags = [word for word in words if word.startswith("-")]
+    if not flags:
+        return load_config(words)
+    if "-m" in flags or "--multirun" in flags:
+        raise ConfigError("--multirun: one command is one run; start several, each with its own trainer.experiment_name=<name>")
     # hydra answers for `model=` here: --config-dir may hold models that this package does not know.
     check_overrides([word for word in words if "=" in word and not word.startswith(("-", "model="))])
     composed: list[DictConfig] = []
@@ -51,4 +51,4 @@ def _configs_of_command_line(words: list[str]) -> list[Config]:
         composed.append(config)
 
     hydra.main(config_path=str(config_dir()), config_name=CONFIG_NAME, version_base="1.3")(collect)()
-    return [validate(config) for config in composed]
+    return validate(composed[0]) if composed else None
