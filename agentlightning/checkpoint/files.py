@@ -20,6 +20,17 @@ def temporary(parent: Path, name: str) -> Path:
     return parent / f".{name}.{uuid.uuid4().hex}.tmp"
 
 
+def entries(directory: Path) -> list[str]:
+    """The sorted names in a directory, none if it is not there. OSError if it cannot be read.
+
+    `Path.glob` would give nothing then, and a run would start from scratch in a directory that holds its checkpoints.
+    """
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
 def write_new(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write and fsync a file that must not exist yet. A failed fsync raises: the bytes may not be there after a power cut."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -96,7 +96,7 @@ class CheckpointManager:
         try:
             write_pointer(self.root, step)
             if self.keep is not None:
-                prune(self.root, self.keep)
+                prune(self.root, self.keep, name_of(step))
         except OSError as error:
             return [f"after saving step {step}, {error.filename or self.root} could not be changed ({error.strerror or error})"]
         return []

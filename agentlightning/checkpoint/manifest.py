@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -96,6 +97,9 @@ def parse(data: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} does not match its own digest")
     if set(body) != _KEYS or not isinstance(manifest["files"], dict):
         raise CheckpointError(f"{MANIFEST} holds {sorted(body)}, expected {sorted(_KEYS)}")
+    for relative, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or set(entry) != {"size", "xxh3_128"}:
+            raise CheckpointError(f"{MANIFEST} has {entry!r} for {relative}, expected its size and xxh3_128")
     return manifest
 
 
@@ -106,8 +110,9 @@ def read(directory: Path) -> dict[str, Any]:
 
 def _locate(directory: Path, relative: str) -> Path:
     path = directory / check_relative(relative)
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise CheckpointError(f"{relative} leads out of the checkpoint's directory, to {path.resolve()}")
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(directory)):
+        raise CheckpointError(f"{relative} leads out of the checkpoint's directory, to {target}")
     return path
 
 

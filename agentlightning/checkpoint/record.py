@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agentlightning.checkpoint.files import fsync_directory, temporary, write_new
+from agentlightning.checkpoint.files import entries, fsync_directory, temporary, write_new
 from agentlightning.checkpoint.manifest import SCHEMA, digest
 from agentlightning.errors import CheckpointError
 
@@ -140,6 +140,8 @@ def _is(value: Any, kind: type) -> bool:
 def read_record(path: Path) -> CheckpointRecord:
     """Read a record of ours, or the plain dict of another loop; CheckpointError says why it cannot be one."""
     try:
+        if not path.is_file():
+            raise CheckpointError("it is no file, or a link to one that is gone")
         size = path.stat().st_size
         if size > MAX_RECORD_BYTES:
             raise CheckpointError(f"the file has {size} bytes; a record has at most {MAX_RECORD_BYTES}")
@@ -195,7 +197,9 @@ def list_records(root: Path) -> tuple[list[tuple[Path, CheckpointRecord]], list[
     """
     readable: list[tuple[int, int, Path, CheckpointRecord]] = []
     unreadable: list[tuple[str, str]] = []
-    for path in sorted(root.glob(f"[!.]*{RECORD_SUFFIX}")):
+    for path in (root / entry for entry in entries(root)):
+        if path.suffix != RECORD_SUFFIX or path.name.startswith("."):
+            continue
         try:
             record = read_record(path)
             readable.append((record.step, path.stat().st_mtime_ns, path, record))

@@ -6,12 +6,11 @@ is being dismantled, and a process that dies in between leaves names that `remov
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from agentlightning.checkpoint.files import LEFTOVER, fsync_directory, remove, replace_file, temporary
+from agentlightning.checkpoint.files import LEFTOVER, entries, fsync_directory, remove, replace_file, temporary
 from agentlightning.checkpoint.manifest import is_whole
 from agentlightning.checkpoint.record import RECORD_SUFFIX, list_records, record_path
 
@@ -38,7 +37,7 @@ def write_pointer(root: Path, step: int) -> None:
 
 def _hidden(root: Path) -> list[tuple[str, Path]]:
     """(original name, path) of everything that a dead save or prune left."""
-    found = ((LEFTOVER.fullmatch(path.name), path) for path in sorted(root.glob(".*.tmp")))
+    found = ((LEFTOVER.fullmatch(path.name), path) for path in (root / entry for entry in entries(root)))
     return [(match["name"], path) for match, path in found if match is not None]
 
 
@@ -81,9 +80,10 @@ def remove_leftovers(root: Path, names: Iterable[str] | None = None) -> list[str
     return removed
 
 
-def prune(root: Path, keep: int) -> list[str]:
+def prune(root: Path, keep: int, just_saved: str) -> list[str]:
     """Discard all but the newest `keep` checkpoints (by step) of this run; returns the names that went.
 
+    `just_saved` never goes: it is the one that is known to be good.
     Only checkpoints that this layout wrote under their own name count, and only whole ones (sizes as in the manifest): a torn
     one neither pushes a good one out nor is deleted.
     """
@@ -94,14 +94,14 @@ def prune(root: Path, keep: int) -> list[str]:
         for path, record in list_records(root)[0]
         if record.digest is not None and path.stem == record.name and is_whole(root / record.name)
     ]
-    if going := ours[keep:]:
+    if going := [name for name in ours[keep:] if name != just_saved]:
         discard(root, going)
     return going
 
 
 def move_aside(root: Path, paths: Sequence[Path]) -> Path:
     """Move `paths` into a new `<root>/aside-<n>/`; returns it. Nothing is deleted."""
-    numbers = [int(match[1]) for match in map(_ASIDE.fullmatch, os.listdir(root)) if match is not None]
+    numbers = [int(match[1]) for match in map(_ASIDE.fullmatch, entries(root)) if match is not None]
     aside = root / f"aside-{max(numbers, default=0) + 1}"
     aside.mkdir()
     for path in paths:
@@ -122,7 +122,7 @@ def set_aside(root: Path, later_than_step: int, also: Sequence[str] = ()) -> Pat
     stems = [name.removesuffix(RECORD_SUFFIX) for name, _ in unreadable]
     steps |= {stem: _step_or(stem, -1) for stem in stems}
     later = {name for name, step in steps.items() if step > later_than_step or later_than_step < 0}
-    bare = {path.name for path in root.glob("global_step_*") if path.is_dir() and _step_or(path.name, -1) > later_than_step}
+    bare = {entry for entry in entries(root) if (root / entry).is_dir() and _step_or(entry, -1) > later_than_step}
     # Newest first and records before directories: killed at any point, what is left is still a run that can be read.
     moving = sorted((record_path(root, name) for name in later), key=lambda path: steps[path.stem], reverse=True)
     moving += [root / name for name in sorted(later | bare) if (root / name).is_dir()]

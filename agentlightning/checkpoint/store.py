@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from agentlightning.checkpoint import manifest as manifests
-from agentlightning.checkpoint.files import fsync_directory, temporary, write_new
+from agentlightning.checkpoint.files import entries, fsync_directory, temporary, write_new
 from agentlightning.checkpoint.manifest import MANIFEST, check_relative, digest, encode_json
 from agentlightning.checkpoint.record import (
     RECORD_SUFFIX,
@@ -102,7 +102,12 @@ def _encode(files: CheckpointFiles) -> dict[str, bytes]:
         )
         for relative, arrays in files.tensors.items()
     }
-    return contents | {relative: encode_json(value) for relative, value in files.json.items()}
+    for relative, value in files.json.items():
+        try:
+            contents[relative] = encode_json(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{relative} holds something that is no plain value: {error}") from error
+    return contents
 
 
 def save(root: Path, name: str, step: int, files: CheckpointFiles) -> SavedCheckpoint:
@@ -141,18 +146,12 @@ def save(root: Path, name: str, step: int, files: CheckpointFiles) -> SavedCheck
 
 def _commit(root: Path, name: str, step: int, files: CheckpointFiles, contents: Mapping[str, bytes]) -> tuple[Path, int]:
     staging = temporary(root, name)
-    try:
-        staging.mkdir()
-        size, seal = _stage(staging, name, step, files, contents)
-        sampler = f"{name}/{PurePosixPath(SAMPLER_FILE).parent}" if SAMPLER_FILE in files.tensors else None
-        record = CheckpointRecord(name, step, step, name, sampler, seal, files.extra)
-        staged_record = stage_record(root, record)
-        fsync_directory(root)
-        staging.rename(root / name)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(staging)
-        raise
+    staging.mkdir()
+    size, seal = _stage(staging, name, step, files, contents)
+    sampler = f"{name}/{PurePosixPath(SAMPLER_FILE).parent}" if SAMPLER_FILE in files.tensors else None
+    staged_record = stage_record(root, CheckpointRecord(name, step, step, name, sampler, seal, files.extra))
+    fsync_directory(root)
+    staging.rename(root / name)
     fsync_directory(root)
     commit_record(staged_record, root, name)
     return root / name, size
@@ -160,19 +159,19 @@ def _commit(root: Path, name: str, step: int, files: CheckpointFiles, contents: 
 
 def _stage(staging: Path, name: str, step: int, files: CheckpointFiles, contents: Mapping[str, bytes]) -> tuple[int, str]:
     """Write everything into `staging`, durably. Returns the bytes written and the manifest's digest."""
-    entries: dict[str, tuple[int, str]] = {}
+    written: dict[str, tuple[int, str]] = {}
     folders = {staging}
     for relative, data in contents.items():
         path = staging / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         folders.update(parent for parent in path.parents if parent.is_relative_to(staging))
         write_new(path, data)
-        entries[relative] = (len(data), digest(data))
-    text, seal = manifests.build(name, step, entries, files.fingerprint, files.extra)
+        written[relative] = (len(data), digest(data))
+    text, seal = manifests.build(name, step, written, files.fingerprint, files.extra)
     write_new(staging / MANIFEST, text)
     for folder in sorted(folders, reverse=True):  # the innermost first
         fsync_directory(folder)
-    return sum(size for size, _ in entries.values()) + len(text), seal
+    return sum(size for size, _ in written.values()) + len(text), seal
 
 
 def _refused(root: Path, name: str, needed: int, error: OSError) -> str:
@@ -199,8 +198,8 @@ def _verify_and_parse(directory: Path, expected_digest: str | None) -> tuple[dic
         }
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory} cannot be read ({error.strerror})") from error
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"a file is no safetensors file ({error})") from error
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
+        raise CheckpointError(f"a file is no safetensors file of numpy arrays ({error})") from error
     json = {
         relative: manifests.decode_json(relative, data) for relative, data in contents.items() if relative.endswith(".json")
     }
@@ -246,7 +245,13 @@ def find_valid(root: Path) -> LoadedCheckpoint | None:
     Newest by the step in the record. Those passed over are in `.skipped` with the reason. CheckpointError, naming them all, if
     there are some and none is good: starting from scratch must be asked for.
     """
-    readable, skipped = list_records(root)
+    try:
+        readable, skipped = list_records(root)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run directory {root} cannot be read ({error.strerror}); mend it, "
+            "or give another with trainer.default_local_dir=DIR"
+        ) from error
     for path, record in readable:
         try:
             return replace(_read(Path(record.state_path), record), skipped=tuple(skipped))
@@ -266,7 +271,7 @@ def _uncommitted(root: Path) -> list[Path]:
     """Whole directories named as checkpoints that have no record and are no leftover: copies that somebody made."""
     return [
         path
-        for path in sorted(root.glob("[!.]*"))
+        for path in (root / entry for entry in entries(root))
         if step_of(path.name) is not None
         and not record_path(root, path.name).exists()
         and (path / MANIFEST).is_file()
@@ -284,12 +289,12 @@ def resolve(root: Path, resume_from_path: str | int) -> Path:
     if not given:
         raise CheckpointError("trainer.resume_from_path is empty; give a step number, a name, a directory or a record file")
     name = f"global_step_{int(given)}" if given.isdecimal() else given
-    for path in (root / name, Path(os.path.abspath(given))):
+    for path in (root / name, Path(os.path.abspath(Path(given).expanduser()))):
         record = path if path.suffix == RECORD_SUFFIX else record_path(path.parent, path.name)
         if record.is_file() and (path == record or not path.is_dir()):
             return _directory_of(record)
         for directory in (path, path.parent):
-            if path.is_dir() and (directory / MANIFEST).is_file():
+            if path.exists() and (directory / MANIFEST).is_file():
                 return directory
     known = ", ".join(record.name for _, record in list_records(root)[0]) or "none"
     raise CheckpointError(
