@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,13 @@ def _worded(error: ValidationError, composed: DictConfig) -> str:
         by_key.setdefault(_key_of(detail["loc"], known), []).append(detail)
     # A key that takes its value from another one is wrong because that one is: only the source is named.
     sources = {key: details for key, details in by_key.items() if not _is_interpolation(composed, key)}
-    defaults = OmegaConf.to_container(_compose([]), resolve=True)
+    defaults = _defaults()
     return "\n".join(_worded_key(key, details, known, defaults) for key, details in (sources or by_key).items())
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> Any:
+    return OmegaConf.to_container(_compose([]), resolve=True)
 
 
 def _is_interpolation(composed: DictConfig, key: str) -> bool:
