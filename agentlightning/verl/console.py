@@ -52,11 +52,12 @@ class StartInfo:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How a run ended. `step < total_steps` where it was stopped and the same command would go on."""
+    """How a run ended. `finished` is False where it was stopped and the same command would go on."""
 
     run_dir: Path
     step: int
     total_steps: int
+    finished: bool
     seconds: float  # of this session
     scores: Sequence[float]  # mean reward of every step so far
     overrides: Sequence[str]  # the words of the command line
@@ -65,7 +66,7 @@ class Summary:
     experiment_name: str
     picture: Path | None = None
     adapter: Path | None = None  # PEFT's directory of the last checkpoint
-    val: str = ""  # `core_validation` of the last validation
+    val: Mapping[str, float] = field(default_factory=dict)  # val-core/... of the last validation
 
 
 class Console(Protocol):
@@ -273,19 +274,22 @@ class LiveConsole:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # A run that never began leaves no empty panel above the error message.
+        self._live.transient = not self.view.began
         self._live.stop()
 
     def start(self, info: StartInfo) -> None:
         """See `Console`."""
-        self.view.start(info)
         self.rich.print(Text(info.title, style="bold"))
         for line in info.lines:
             self._print(Text(f"  {line}", style="dim"))
+        self.view.start(info)
         self._live.start()
 
     def phase(self, name: str) -> None:
-        """See `Console`."""
+        """See `Console`; the first one shows the panel."""
         self.view.phase, self.view.phase_since = name, time.monotonic()
+        self._live.start()
 
     def tokens(self, phase: str, n: int, seconds: float) -> None:
         """See `Console`."""
@@ -328,13 +332,6 @@ class LiveConsole:
     def panel(self) -> RenderableType:
         """The panel as it is now."""
         view, now = self.view, time.monotonic()
-        total = max(1, view.info.total_steps)
-        left = view.seconds_left()
-        timing = f"{clock(now - view.began)} elapsed" + (f" · {clock(left)} left" if left is not None else "")
-        progress = Table.grid(expand=True, padding=(0, 1))
-        progress.add_column(ratio=1)
-        progress.add_column(justify="right")
-        progress.add_row(ProgressBar(total=total, completed=view.step), timing)
         rows = Table.grid(padding=(0, 1), expand=True)
         rows.add_column(width=_LABEL_WIDTH, style="dim")
         rows.add_column(ratio=1)
@@ -343,13 +340,27 @@ class LiveConsole:
             rows.add_row("reward", Text.assemble((f"{view.scores[-1]:.3f}  ", "bold"), (sparkline(view.scores), "blue")))
         if view.validation:
             rows.add_row("validation", view.validation)
-        if view.rates:
-            rows.add_row("tokens/s", " · ".join(f"{phase} {rate:,.0f}" for phase, rate in view.rates.items()))
+        rates = dict(view.rates)  # the trainer's thread may add one while this one draws
+        if rates:
+            rows.add_row("tokens/s", " · ".join(f"{phase} {rate:,.0f}" for phase, rate in rates.items()))
         if view.checkpoint:
             age = f"{now - view.checkpoint_at:.0f} s ago"
             rows.add_row("checkpoint", f"{view.checkpoint} · {view.checkpoint_seconds:.2f} s · {age}")
-        title = Text.assemble((view.info.title, "bold"), f" · step {view.step}/{view.info.total_steps}")
-        return Panel(Group(progress, rows), title=title, title_align="left", border_style="blue")
+        title, parts = Text("agentlightning", style="bold"), [rows]
+        if view.began:
+            title = Text.assemble((view.info.title, "bold"), f" · step {view.step}/{view.info.total_steps}")
+            parts = [self._progress(now), rows]
+        return Panel(Group(*parts), title=title, title_align="left", border_style="blue")
+
+    def _progress(self, now: float) -> Table:
+        """The bar, the time since the start and the time left."""
+        view, left = self.view, self.view.seconds_left()
+        timing = f"{clock(now - view.began)} elapsed" + (f" · {clock(left)} left" if left is not None else "")
+        progress = Table.grid(expand=True, padding=(0, 1))
+        progress.add_column(ratio=1)
+        progress.add_column(justify="right")
+        progress.add_row(ProgressBar(total=max(1, view.info.total_steps), completed=view.step), timing)
+        return progress
 
     def _phases(self, now: float) -> Text:
         """The phases of a step with the present one picked out, and for how long it runs."""
@@ -372,23 +383,23 @@ def _rollout_title(prompt: Prompt, completion: Completion, score: float) -> str:
 
 def closing_lines(summary: Summary) -> list[str]:
     """The last words of a run: what it reached, where everything lies, the commands one would run next."""
-    finished = summary.step >= summary.total_steps
-    verb = "finished" if finished else "stopped"
+    verb = "finished" if summary.finished else "stopped"
     headline = f"{verb} at step {summary.step} of {summary.total_steps}, {clock(summary.seconds)} after its start"
     lines = [headline]
     if summary.scores:
         steps = min(_RECENT, len(summary.scores))
         first, last = statistics.fmean(summary.scores[:steps]), statistics.fmean(summary.scores[-steps:])
         lines.append(f"  reward         {first:.3f} over the first {steps} steps, {last:.3f} over the last {steps}")
-    if summary.val:
-        lines.append(f"  validation     {summary.val}")
+    validation = core_validation(summary.val)
+    if validation:
+        lines.append(f"  validation     {validation}")
     lines.append(f"  run directory  {_shown(summary.run_dir)}")
     if summary.picture is not None:
         lines.append(f"  reward curve   {_shown(summary.picture)}")
     if summary.adapter is not None:
         lines.append(f"  adapter        {_shown(summary.adapter)}")
     lines.append("next")
-    if not finished:
+    if not summary.finished:
         return [*lines, f"  go on          {_command(summary.overrides)}"]
     lines += [
         f"  train longer   {_command(summary.overrides, {'trainer.total_training_steps': 2 * summary.total_steps})}",

@@ -112,7 +112,7 @@ class Tracking:
     @property
     def wandb_url(self) -> str | None:
         """The run's page; None without W&B or offline."""
-        return self._wandb.url if self._wandb is not None else None
+        return self._wandb.url if self._wandb is not None and not self._wandb.offline else None
 
     def resume(self, step: int, metrics: Mapping[str, Any] | None = None) -> int:
         """Go on after the checkpoint of `step`, whose own line was `metrics`. Returns how many lines will be done again.
