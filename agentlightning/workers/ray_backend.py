@@ -31,6 +31,8 @@ class _WorkerActor:
     """The process around a `Worker`. Imports torch when it starts to build, not when Ray looks at the class."""
 
     def __init__(self, log_path: str) -> None:
+        # Threads that wait for each other must not burn the cores that other workers need. Read when torch is loaded, later.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         log = open(log_path, "a", buffering=1)  # noqa: SIM115 - it stays open as long as the process lives
         os.dup2(log.fileno(), 2)
         faulthandler.enable(log)

@@ -1,0 +1,79 @@
+"""What a checkpoint of this trainer holds: worker and trainer state go in, files come out, and back.
+
+The layout is DESIGN's: PEFT's own for each adapter, optimizer state by parameter name, and `trainer_state.json` for the rest. There is
+no random state among it: order and samples are pure functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint
+from agentlightning.errors import CheckpointError
+from agentlightning.workers.messages import AdapterState, WorkerState
+
+_ADAPTER = "adapter_model.safetensors"
+_CONFIG = "adapter_config.json"
+_OPTIMIZER = "optimizer-00000-of-00001.safetensors"
+_TRAINER_STATE = "trainer_state.json"
+_VALUE_HEAD = "critic/value_head.safetensors"
+
+
+@dataclass(slots=True)
+class TrainerState:
+    """All that the controller itself has learned. JSON-plain."""
+
+    global_step: int = 0  # batches trained on
+    kl_ctrl: dict[str, float] = field(default_factory=dict)
+    tokens_seen: int = 0  # prompt and response tokens, since the first step
+    best: dict[str, float] = field(default_factory=dict)  # validation: {"score", "step"}
+    wandb_run_id: str | None = None
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # the line of `global_step`, should a kill come before it is written
+
+
+def checkpoint_files(
+    workers: WorkerState, trainer: TrainerState, fingerprint: Mapping[str, Any], extra: Mapping[str, Any]
+) -> CheckpointFiles:
+    """Everything one checkpoint holds."""
+    tensors: dict[str, Mapping[str, np.ndarray]] = {
+        f"actor/{_ADAPTER}": workers.actor.weights,
+        f"actor/{_OPTIMIZER}": workers.actor.optimizer,
+    }
+    documents: dict[str, Any] = {f"actor/{_CONFIG}": dict(workers.actor.config)}
+    if workers.critic is not None and workers.value_head is not None:
+        tensors |= {f"critic/{_OPTIMIZER}": workers.critic.optimizer, _VALUE_HEAD: workers.value_head}
+        if workers.critic.weights:  # critic.kind=head has no adapter of its own
+            tensors[f"critic/{_ADAPTER}"] = workers.critic.weights
+            documents[f"critic/{_CONFIG}"] = dict(workers.critic.config)
+    documents[_TRAINER_STATE] = {"workers_version": workers.version, **asdict(trainer)}
+    return CheckpointFiles(tensors=tensors, json=documents, fingerprint=fingerprint, extra=extra)
+
+
+def restore(loaded: LoadedCheckpoint, uses_critic: bool) -> tuple[WorkerState, TrainerState]:
+    """The states that `checkpoint_files` was given. Raises `CheckpointError` if a part is missing."""
+    try:
+        document = dict(loaded.json[_TRAINER_STATE])
+        version = document.pop("workers_version")
+        actor = _adapter(loaded, "actor")
+        if not uses_critic:
+            return WorkerState(version, actor), TrainerState(**document)
+        return WorkerState(version, actor, _adapter(loaded, "critic"), loaded.tensors[_VALUE_HEAD]), TrainerState(**document)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{loaded.path} is whole, but not of this trainer and configuration: {error}; expected {_TRAINER_STATE}, actor/"
+            f"{' and critic/' if uses_critic else ''}; set algorithm.adv_estimator as it was, or trainer.resume_mode=disable to start over"
+        ) from error
+
+
+def _adapter(loaded: LoadedCheckpoint, name: str) -> AdapterState:
+    return AdapterState(
+        config=loaded.json.get(f"{name}/{_CONFIG}", {}),
+        weights=loaded.tensors.get(f"{name}/{_ADAPTER}", {}),
+        optimizer=loaded.tensors[f"{name}/{_OPTIMIZER}"],
+    )

@@ -1,0 +1,285 @@
+"""The step, on one page: prompts, rollouts, rewards, log-probabilities, advantages, updates, checkpoint.
+
+Enters: a checked `Config`. Leaves: a run directory with a curve that climbed. The controller runs in this process, so signals, exit
+codes and breakpoints reach it; the workers do the arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from agentlightning.algorithms.kl import AdaptiveKLController, FixedKLController
+from agentlightning.checkpoint.manager import CheckpointManager
+from agentlightning.checkpoint.store import LoadedCheckpoint
+from agentlightning.errors import CheckpointError, NumericsError
+from agentlightning.types import Batch, Completion, Prompt
+from agentlightning.verl.batching import KLController, MiniBatchPlan, make_batch, rollout_probs_diff, with_advantages
+from agentlightning.verl.console import Console, StartInfo
+from agentlightning.verl.data import PromptDataset, batches
+from agentlightning.verl.metrics import (
+    SCORE,
+    compute_data_metrics,
+    compute_throughput_metrics,
+    compute_timing_metrics,
+    compute_validation_metrics,
+    tokens_of_phase,
+)
+from agentlightning.verl.rewards import RewardFunction, score
+from agentlightning.verl.schema import AlgorithmConfig, Config
+from agentlightning.verl.state import TrainerState, checkpoint_files, restore
+from agentlightning.verl.tracking import Tracking
+from agentlightning.workers.group import WorkerGroup
+
+
+class AgentLightningTrainer:
+    """PPO and its relatives over a worker group. `fit` does everything; `_step` reads like the list of timers it fills."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        group: WorkerGroup,
+        train_data: PromptDataset,
+        val_prompts: Sequence[Prompt],
+        reward: RewardFunction,
+        checkpoints: CheckpointManager,
+        loaded: LoadedCheckpoint | None,
+        tracking: Tracking,
+        console: Console,
+        total_steps: int,
+        fingerprint: Mapping[str, Any],
+        facts: Sequence[str],
+    ) -> None:
+        self.config, self.group, self.reward = config, group, reward
+        self.train_data, self.val_prompts = train_data, val_prompts
+        self.checkpoints, self.loaded = checkpoints, loaded
+        self.tracking, self.console = tracking, console
+        self.total_steps, self.fingerprint, self.facts = total_steps, fingerprint, facts
+        self.state = TrainerState()
+        self.kl_controller = _kl_controller(config.algorithm)
+        rollout, actor, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.critic
+        longest = float(config.data.max_response_length)
+        self.actor_plan = MiniBatchPlan(actor.ppo_mini_batch_size, rollout.n, actor.ppo_epochs, actor.shuffle, longest)
+        self.critic_plan = MiniBatchPlan(critic.ppo_mini_batch_size, rollout.n, critic.ppo_epochs, actor.shuffle, longest)
+        one_update = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
+        # With a single optimizer step the policy that is updated is the one that sampled: its pass gives the old log-probs.
+        self.needs_old_log_prob = not one_update or config.algorithm.use_kl_in_reward
+
+    def fit(self) -> None:
+        """Train from the last checkpoint, or from the start, to the last step."""
+        self._load_checkpoint()
+        if self.state.global_step == 0 and self.config.trainer.val_before_train and self.val_prompts:
+            self.tracking.log(0, self._validate(0, {}))
+        self._announce()
+        while self.state.global_step < self.total_steps:
+            self._step(self.state.global_step + 1)
+        if self.checkpoints.failed is not None:
+            raise CheckpointError(f"the last checkpoint could not be saved: {self.checkpoints.failed}")
+
+    def _announce(self) -> None:
+        past = [float(line[SCORE]) for line in self.tracking.history if SCORE in line]
+        self.console.start(
+            StartInfo(
+                title=self.tracking.title,
+                first_step=self.state.global_step + 1,
+                total_steps=self.total_steps,
+                lines=self.facts,
+                phases=self._phases(),
+                past_scores=past,
+            )
+        )
+
+    def _phases(self) -> list[str]:
+        """The timers of a step, in order."""
+        reference = ["ref"] if self.config.uses_reference else []
+        critic = self.config.uses_critic
+        before = ["gen", "reward", "old_log_prob", *reference, *(["values"] if critic else []), "adv"]
+        return [*before, *(["update_critic"] if critic else []), "update_actor", "update_weights", "testing", "save_checkpoint"]
+
+    def _step(self, step: int) -> None:
+        """One batch: sample, score, learn, and keep what was learned."""
+        timing_raw: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
+        prompts = self.train_data.step_prompts(step)
+        with self._timer("step", timing_raw):
+            with self._timer("gen", timing_raw):
+                completions = self._generate(prompts, step)
+            with self._timer("reward", timing_raw):
+                rewards = score(self.reward, prompts, completions)
+                batch = make_batch(prompts, completions, rewards.score_B)
+            with self._timer("old_log_prob", timing_raw):
+                batch = self._with_old_log_probs(batch, metrics)
+            if self.config.uses_reference:
+                with self._timer("ref", timing_raw):
+                    batch = batch.with_columns(ref_log_prob=self.group.compute_ref_log_prob(batch).log_probs_BT)
+            if self.config.uses_critic:
+                with self._timer("values", timing_raw):
+                    batch = batch.with_columns(values=self.group.compute_values(batch))
+            with self._timer("adv", timing_raw):
+                batch, kl_metrics = with_advantages(batch, self.config.algorithm, self.kl_controller)
+                _check_finite(batch)
+            if self.config.uses_critic:
+                with self._timer("update_critic", timing_raw):
+                    plan = self.critic_plan.mini_batches(batch, self.config.data.seed, step)
+                    metrics |= _prefixed("critic", self.group.update_critic(batch, plan, step))
+            if step > self.config.trainer.critic_warmup:
+                with self._timer("update_actor", timing_raw):
+                    metrics |= self._update_actor(batch, step)
+            with self._timer("update_weights", timing_raw):
+                self.group.update_weights(step)
+        self.state.global_step = step
+        self.state.tokens_seen += int(batch.total_len_B.sum())
+        metrics |= kl_metrics | {f"reward/{name}/mean": float(np.mean(values)) for name, values in rewards.extra.items()}
+        self._finish_step(step, batch, completions, metrics, timing_raw)
+        self._show_rollout(step, prompts, completions, rewards.score_B)
+
+    def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Completion]:
+        return self.group.generate(
+            prompts, self.config.train_sampling(), seed=self.config.trainer.seed, step=step, version=self.state.global_step
+        )
+
+    def _with_old_log_probs(self, batch: Batch, metrics: dict[str, Any]) -> Batch:
+        if not self.needs_old_log_prob:
+            return batch
+        old = self.group.compute_log_prob(batch)
+        metrics["actor/entropy"] = old.entropy_sum / max(old.tokens, 1)
+        metrics |= rollout_probs_diff(batch, old.log_probs_BT)
+        return batch.with_columns(old_log_probs=old.log_probs_BT)
+
+    def _update_actor(self, batch: Batch, step: int) -> dict[str, float]:
+        plan = self.actor_plan.mini_batches(batch, self.config.data.seed, step)
+        update, log_probs_BT = self.group.update_actor(batch, plan, step)
+        entropy = update.pop("entropy")
+        if self.needs_old_log_prob:  # measured over all samples before the update
+            return _prefixed("actor", update)
+        return _prefixed("actor", update) | {"actor/entropy": entropy} | rollout_probs_diff(batch, log_probs_BT)
+
+    def _finish_step(
+        self, step: int, batch: Batch, completions: Sequence[Completion], metrics: dict[str, Any], timing_raw: dict[str, float]
+    ) -> None:
+        """Validate and save if it is time, and write the step's line."""
+        trainer, is_last = self.config.trainer, step == self.total_steps
+        if self.val_prompts and trainer.test_freq > 0 and (is_last or step % trainer.test_freq == 0):
+            metrics |= self._validate(step, timing_raw)
+        device_gb, host_gb = self.group.memory_gb()
+        metrics |= compute_data_metrics(
+            batch,
+            num_turns_B=np.array([completion.num_turns for completion in completions]),
+            max_prompt_length=self.config.data.max_prompt_length,
+            max_response_length=self.config.data.max_response_length,
+        )
+        metrics |= compute_throughput_metrics(batch, timing_raw["step"], self.group.world_size)
+        metrics |= {
+            "training/global_step": step,
+            "training/epoch": self.train_data.epoch_of(step),
+            "perf/max_memory_allocated_gb": device_gb,
+            "perf/cpu_memory_used_gb": host_gb,
+        }
+        tokens = tokens_of_phase(batch)
+        metrics |= compute_timing_metrics(timing_raw, tokens)
+        if self.checkpoints.should_save(step, is_last):
+            with self._timer("save_checkpoint", timing_raw):
+                self._save_checkpoint(step, metrics)
+            metrics |= compute_timing_metrics({"save_checkpoint": timing_raw["save_checkpoint"]}, {})
+        self.tracking.log(step, metrics)
+        for phase, count in tokens.items():
+            if phase in timing_raw:
+                self.console.tokens(phase, count, timing_raw[phase])
+        self.console.step_done(step, metrics)
+
+    def _validate(self, step: int, timing_raw: dict[str, float]) -> dict[str, float]:
+        """Metrics of the validation set under the present adapter; keeps the best score."""
+        with self._timer("testing", timing_raw):
+            params = self.config.val_sampling()
+            completions: list[Completion] = []
+            scores: list[np.ndarray] = []
+            extra: dict[str, list[float]] = {}
+            for prompts in batches(self.val_prompts, self.config.data.val_batch_size):
+                answered = self.group.generate(prompts, params, seed=self.config.trainer.seed, step=step, version=step)
+                rewards = score(self.reward, prompts, answered)
+                completions += answered
+                scores.append(rewards.score_B)
+                for name, values in rewards.extra.items():
+                    extra.setdefault(name, []).extend(values)
+            source_of = {prompt.uid: prompt.data_source for prompt in self.val_prompts}
+            scores_B = np.concatenate(scores)
+            metrics = compute_validation_metrics(
+                [source_of[completion.uid] for completion in completions], completions, scores_B, extra
+            )
+        mean = float(scores_B.mean())
+        if mean > self.state.best.get("score", -np.inf):
+            self.state.best = {"score": mean, "step": step}
+        return metrics
+
+    def _load_checkpoint(self) -> None:
+        """Go on from the checkpoint that was found, if there is one."""
+        loaded = self.loaded
+        if loaded is None:
+            self.tracking.resume(0)
+            return
+        workers, self.state = restore(loaded, self.config.uses_critic)
+        self.group.load_state(workers)
+        self.kl_controller.load_state_dict(self.state.kl_ctrl)
+        dropped = self.tracking.resume(self.state.global_step, self.state.metrics)
+        again = f"; {dropped} later steps are done again" if dropped else ""
+        self.console.note(f"resumed from {loaded.path}: {self.state.global_step} of {self.total_steps} steps are done{again}")
+
+    def _save_checkpoint(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Make the state after `step` durable."""
+        self.state.kl_ctrl = dict(self.kl_controller.state_dict())
+        self.state.wandb_run_id = self.tracking.wandb_run_id
+        self.state.metrics = dict(metrics)
+        files = checkpoint_files(self.group.state(), self.state, self.fingerprint, {"epoch": self.train_data.epoch_of(step)})
+        try:
+            saved = self.checkpoints.save(step, files)
+        except CheckpointError as error:
+            # The checkpoints before are untouched, and the next step tries again: no reason to lose the run.
+            self.console.warning(str(error))
+            return
+        for note in saved.notes:
+            self.console.warning(note)
+        self.console.checkpoint(saved.path, saved.seconds)
+
+    def _show_rollout(
+        self, step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], score_B: np.ndarray
+    ) -> None:
+        every = self.config.trainer.log_rollout_freq
+        if every and (step == 1 or step % every == 0):
+            longest = max(range(len(completions)), key=lambda i: completions[i].num_turns)
+            by_uid = {prompt.uid: prompt for prompt in prompts}
+            self.console.rollout(by_uid[completions[longest].uid], completions[longest], float(score_B[longest]))
+
+    @contextlib.contextmanager
+    def _timer(self, name: str, timing_raw: dict[str, float]) -> Iterator[None]:
+        """Add the seconds of the block to `timing_raw[name]`, and tell the console which phase runs."""
+        self.console.phase(name)
+        start = time.perf_counter()
+        yield
+        timing_raw[name] = timing_raw.get(name, 0.0) + time.perf_counter() - start
+
+
+def _kl_controller(config: AlgorithmConfig) -> KLController:
+    kl = config.kl_ctrl
+    if kl.type == "fixed":
+        return FixedKLController(kl.kl_coef)
+    return AdaptiveKLController(kl.kl_coef, kl.target_kl, kl.horizon)
+
+
+def _prefixed(section: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{section}/{name}": value for name, value in metrics.items()}
+
+
+def _check_finite(batch: Batch) -> None:
+    """Stop before the update if anything it is made of is NaN or infinite."""
+    for name, column_BT in batch.columns.items():
+        bad_B = ~np.isfinite(np.where(batch.mask_BT, column_BT, 0.0)).all(axis=1)
+        if bad_B.any():
+            uid = batch.uids[int(np.flatnonzero(bad_B)[0])]
+            raise NumericsError(
+                f"NaN or inf in {name} of {int(bad_B.sum())} of {len(batch)} samples, first of prompt {uid!r}; no weight was changed"
+            )
