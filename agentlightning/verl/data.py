@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -85,7 +85,7 @@ def load_prompts(split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerB
     """The checked prompts of a split, in the order of its files; none for "val" where `data.val_files` is null.
 
     A prompt's uid is `split:row`, its row counted from 0 over all files before anything is left out. Raises `DataError` for the
-    first row that is wrong or too long.
+    first row that is wrong, or else for the first that is too long.
     """
     files = data.train_files if split == "train" else data.val_files
     if files is None:
@@ -94,8 +94,8 @@ def load_prompts(split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerB
     rows = load_rows(files, key)
     if split == "train":
         rows = rows[: data.train_max_samples]
-    prompts = (_make_prompt(f"{split}:{i}", row, data, tokenizer) for i, row in enumerate(rows))
-    fitting = [prompt for prompt in prompts if prompt is not None]
+    prompts = [_make_prompt(f"{split}:{i}", row, data, tokenizer) for i, row in enumerate(rows)]
+    fitting = _within_limit(prompts, rows, data)
     if not fitting:
         raise DataError(
             f"{key}: each of its {len(rows)} prompts is longer than data.max_prompt_length={data.max_prompt_length}; "
@@ -104,19 +104,16 @@ def load_prompts(split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerB
     return fitting
 
 
-def _make_prompt(uid: str, row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
-    """The row as a prompt; None where it is too long and such rows are left out."""
+def _make_prompt(uid: str, row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The row as a prompt, however long."""
     messages = _messages(row, data.prompt_key)
-    token_ids = _fitting(_tokenize(messages, row, tokenizer), row, data)
-    if token_ids is None:
-        return None
     extra_info = row.values.get("extra_info") or {}
     if not isinstance(extra_info, dict):
         raise DataError(f"{row.where}: extra_info is {_short(extra_info)}, expected an object, or no such column")
     return Prompt(
         uid=uid,
         messages=messages,
-        token_ids=token_ids,
+        token_ids=_tokenize(messages, row, tokenizer),
         data_source=str(_column(row, data.reward_fn_key, "data.reward_fn_key")),
         ground_truth=_ground_truth(row),
         extra_info=extra_info,
@@ -152,7 +149,7 @@ def _ground_truth(row: Row) -> Any:
     return reward_model["ground_truth"]
 
 
-def _tokenize(messages: Sequence[dict[str, str]], row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _tokenize(messages: Sequence[dict[str, str]], row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     from jinja2 import TemplateError
 
     try:
@@ -162,22 +159,24 @@ def _tokenize(messages: Sequence[dict[str, str]], row: Row, tokenizer: PreTraine
             f"{row.where}: the model's chat template refuses these messages ({error}); mend the file, or set "
             f"data.prompt_key=<the column that holds the messages>"
         ) from error
-    return tokenizer.encode(str(text), add_special_tokens=False)
+    return tuple(tokenizer.encode(str(text), add_special_tokens=False))
 
 
-def _fitting(token_ids: Sequence[int], row: Row, data: DataConfig) -> tuple[int, ...] | None:
-    """The prompt within `data.max_prompt_length`, as the configuration says; None: leave the row out."""
+def _within_limit(prompts: Sequence[Prompt], rows: Sequence[Row], data: DataConfig) -> list[Prompt]:
+    """The prompts with what is longer than `data.max_prompt_length` refused, left out or cut, as the configuration says."""
     limit = data.max_prompt_length
-    if len(token_ids) <= limit:
-        return tuple(token_ids)
+    overlong = [i for i, prompt in enumerate(prompts) if len(prompt.token_ids) > limit]
     if data.filter_overlong_prompts:
-        return None
-    if data.truncation == "error":
+        return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    if overlong and data.truncation == "error":
+        first, longest = overlong[0], max(len(prompts[i].token_ids) for i in overlong)
         raise DataError(
-            f"{row.where}: the prompt has {len(token_ids)} tokens, data.max_prompt_length={limit}; mend it with "
-            f"data.max_prompt_length={len(token_ids)}, data.filter_overlong_prompts=true or data.truncation=left"
+            f"{rows[first].where}: the prompt has {len(prompts[first].token_ids)} tokens, data.max_prompt_length={limit} "
+            f"({len(overlong)} of {len(prompts)} prompts are longer); mend it with data.max_prompt_length={longest}, "
+            f"data.filter_overlong_prompts=true or data.truncation=left"
         )
-    return tuple(token_ids[-limit:] if data.truncation == "left" else token_ids[:limit])
+    kept = slice(-limit, None) if data.truncation == "left" else slice(limit)
+    return [replace(prompt, token_ids=prompt.token_ids[kept]) for prompt in prompts]
 
 
 def _short(value: Any) -> str:

@@ -157,11 +157,11 @@ def test_a_template_that_refuses_a_conversation_names_the_row(tmp_path, tokenize
 
 
 class TestOverlongPrompts:
-    """Three rows of which the second has more tokens than data.max_prompt_length."""
+    """Four rows of which the second and the last have more tokens than data.max_prompt_length."""
 
     @pytest.fixture
     def data(self, tmp_path, tokenizer):
-        rows = [_row("a"), _row("abcdefgh"), _row("b")]
+        rows = [_row("a"), _row("abcdefgh"), _row("b"), _row("abcdefghij")]
         files = _jsonl(tmp_path / "a.jsonl", rows)
         short = len(load_prompts("train", _data(train_files=files), tokenizer)[0].token_ids)
         return _data(train_files=files, max_prompt_length=short + 3)
@@ -171,9 +171,10 @@ class TestOverlongPrompts:
         with pytest.raises(DataError) as error:
             load_prompts("train", data, tokenizer)
         assert f"a.jsonl, line 2: the prompt has {limit + 4} tokens, data.max_prompt_length={limit}" in str(error.value)
-        for way in (f"data.max_prompt_length={limit + 4}", "data.filter_overlong_prompts=true", "data.truncation=left"):
+        assert "(2 of 4 prompts are longer)" in str(error.value)
+        for way in (f"data.max_prompt_length={limit + 6}", "data.filter_overlong_prompts=true", "data.truncation=left"):
             assert way in str(error.value)
-        load_prompts("train", data.model_copy(update={"max_prompt_length": limit + 4}), tokenizer)
+        load_prompts("train", data.model_copy(update={"max_prompt_length": limit + 6}), tokenizer)
 
     def test_left_out_where_asked_and_the_others_keep_their_uids(self, data, tokenizer):
         prompts = load_prompts("train", data.model_copy(update={"filter_overlong_prompts": True}), tokenizer)
@@ -186,7 +187,7 @@ class TestOverlongPrompts:
         assert (left, right) == (whole[4:], whole[:-4])
 
     def test_nothing_left_is_an_error(self, data, tokenizer):
-        with pytest.raises(DataError, match=r"each of its 3 prompts is longer than data\.max_prompt_length=1; mend it with"):
+        with pytest.raises(DataError, match=r"each of its 4 prompts is longer than data\.max_prompt_length=1; mend it with"):
             load_prompts("train", data.model_copy(update={"filter_overlong_prompts": True, "max_prompt_length": 1}), tokenizer)
 
 
