@@ -52,8 +52,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name: str):
 
 
 def test_k3_is_clamped():
-    estimate_BT = kl_penalty(f64([[-30.0, 0.0]]), f64([[0.0, -1000.0]]), "k3")
+    logp_BT = f64([[-1000.0, 0.0]]).requires_grad_()
+    estimate_BT = kl_penalty(logp_BT, f64([[0.0, -1000.0]]), "k3")
+    (gradient_BT,) = torch.autograd.grad(estimate_BT.sum(), logp_BT)
     assert estimate_BT.tolist() == [[10, 10]]
+    assert gradient_BT.tolist() == [[0, 0]]  # and not 0 * inf
 
 
 @pytest.mark.parametrize("name", NAMES)
