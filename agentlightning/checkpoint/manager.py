@@ -13,14 +13,12 @@ from types import TracebackType
 
 from agentlightning.checkpoint import store
 from agentlightning.checkpoint.lock import RunLock
-from agentlightning.checkpoint.record import RECORD_SUFFIX, list_records
+from agentlightning.checkpoint.record import list_records
 from agentlightning.checkpoint.retention import (
-    move_aside,
     name_of,
     prune,
     remove_leftovers,
     set_aside,
-    step_of,
     write_pointer,
 )
 from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, SavedCheckpoint
@@ -64,6 +62,7 @@ class CheckpointManager:
         self.last = None
         self.failed = None
         self._went_back_to: str | None = None
+        self._resumed_step: int | None = None  # what is later than this is still to be moved aside
         self._lock = RunLock(self.root)
         with _changing(self.root):
             remove_leftovers(self.root)
@@ -80,6 +79,7 @@ class CheckpointManager:
         CheckpointError if it could not be saved; `failed` then holds its message, the checkpoints before are untouched, and
         training can go on.
         """
+        self.go_on()
         if self._went_back_to is not None:
             files = replace(files, extra={**files.extra, WENT_BACK_TO: self._went_back_to})
         try:
@@ -104,22 +104,15 @@ class CheckpointManager:
     def load_latest(self) -> LoadedCheckpoint | None:
         """The newest valid checkpoint, or None in a fresh directory; CheckpointError if there are some and none is valid.
 
-        Newer ones of this run that are bad are moved to `aside-<n>/`, which frees their names; `.skipped` names them.
+        `.skipped` names the newer ones that were passed over, with the reason. Nothing in the directory changes.
         """
-        self._went_back_to = None
         loaded = store.find_valid(self.root)
-        if loaded is None:
-            return None
-        names = [file.removesuffix(RECORD_SUFFIX) for file, _ in loaded.skipped]
-        bad = [self.root / entry for name in names if step_of(name) is not None for entry in (name + RECORD_SUFFIX, name)]
-        if not (bad := [path for path in bad if path.exists()]):
-            return loaded
-        with _changing(self.root):
-            aside = move_aside(self.root, bad)
-        return replace(loaded, notes=(*loaded.notes, f"the checkpoints that were passed over are kept in {aside}"))
+        self._went_back_to = None
+        self._resumed_step = None if loaded is None else loaded.step
+        return loaded
 
     def load(self, which: str | int) -> LoadedCheckpoint:
-        """The checkpoint that `trainer.resume_from_path` names (see `store.resolve`); later ones of this run are moved aside.
+        """The checkpoint that `trainer.resume_from_path` names (see `store.resolve`). Nothing in the directory changes.
 
         The same command started again after a kill must go on, not back once more: if the newest checkpoint here descends from
         the same `which`, that newest one is given, and a note says so.
@@ -133,11 +126,21 @@ class CheckpointManager:
                 return replace(loaded, notes=(*loaded.notes, _goes_on(loaded, given)))
         path = store.resolve(self.root, which)
         loaded = store.load(path)
-        here = path.resolve().parent == self.root.resolve()
-        aside = self.start_over(later_than_step=loaded.step if here else -1)
         self._went_back_to = given
-        notes = () if aside is None else (f"the checkpoints that this run held beyond {path} are kept in {aside}",)
-        return replace(loaded, notes=notes)
+        self._resumed_step = loaded.step if path.resolve().parent == self.root.resolve() else -1
+        return loaded
+
+    def go_on(self) -> Path | None:
+        """Make what was loaded the newest checkpoint here: later ones, and the bad ones passed over, move to `aside-<n>/`.
+
+        To be called when the run has accepted what it loaded, before anything is written; the first `save` sees to it otherwise.
+        Returns the new directory, None if nothing was in the way. (After a checkpoint of another directory, all of this one are.)
+        """
+        if self._resumed_step is None:
+            return None
+        aside = self.start_over(later_than_step=self._resumed_step)
+        self._resumed_step = None
+        return aside
 
     def start_over(self, also: Sequence[str] = (), later_than_step: int = -1) -> Path | None:
         """Move all checkpoints, or those after a step, and the files named in `also` to `aside-<n>/`.

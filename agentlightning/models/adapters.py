@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -70,9 +70,9 @@ class MergedCopy:
 
     def __init__(self, plain: PreTrainedModel, adapters: Adapters, name: str) -> None:
         self.model, self.name = plain, name
-        self.layers: list[tuple[LoraLayer, nn.Linear]] = []
+        self.layers: list[tuple[Linear, nn.Linear]] = []
         for path, layer in adapters.base.named_modules():
-            if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            if isinstance(layer, Linear) and name in layer.lora_A:
                 target = plain.get_submodule(path)
                 assert isinstance(target, nn.Linear)
                 target.weight = nn.Parameter(target.weight.detach().clone(), requires_grad=False)
@@ -87,7 +87,9 @@ class MergedCopy:
     def refresh(self) -> None:
         """Take over the adapter's present weights."""
         for layer, target in self.layers:
-            torch.add(layer.get_base_layer().weight, layer.get_delta_weight(self.name), out=target.weight)  # pyright: ignore[reportCallIssue]
+            base_weight = layer.get_base_layer().weight
+            assert isinstance(base_weight, torch.Tensor)
+            torch.add(base_weight, layer.get_delta_weight(self.name), out=target.weight)
 
 
 def _lora_config(shape: LoraShape) -> LoraConfig:

@@ -7,7 +7,9 @@ head that is a plain matrix product (log-probabilities are computed chunk by chu
 from __future__ import annotations
 
 import copy
+
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agentlightning.errors import UserError
@@ -41,6 +43,13 @@ def load_base(path: str, dtype: DType, device: torch.device, gradient_checkpoint
     return model
 
 
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """What turns hidden states into logits."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    return head
+
+
 def shallow_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A second set of modules over the same parameters, so that adapters put into one leave the other plain."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -57,6 +66,6 @@ def _check_supported(path: str, config: PreTrainedConfig) -> None:
     for name, neutral in _LOGIT_TRANSFORMS.items():
         if settings.get(name, neutral) not in (neutral, None):
             raise UserError(
-                f"the model at {path!r} changes its logits after the output head ({name}={settings[name]}), which the training pass "
-                "does not know: choose another actor_rollout_ref.model.path"
+                f"the model at {path!r} changes its logits after the output head ({name}={settings[name]}), which the training "
+                "pass does not know: choose another actor_rollout_ref.model.path"
             )

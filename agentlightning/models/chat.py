@@ -1,8 +1,8 @@
 """Chat templates as tokens: prompts, and the observation that follows an assistant's turn.
 
-Enters: messages. Leaves: token ids that only ever grow at the end, so that a tool's result extends the cached context instead of
-re-rendering it. Why not `apply_chat_template` on the whole conversation at each turn: templates rewrite earlier turns (Qwen3
-drops old reasoning), and the tokens trained on would not be the ones that were sampled.
+Enters: messages. Leaves: token ids that only ever grow at the end, so that a tool's result extends the cached context instead
+of re-rendering it. Why not `apply_chat_template` on the whole conversation at each turn: templates rewrite earlier turns
+(Qwen3 drops old reasoning), and the tokens trained on would not be the ones that were sampled.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def not_found(path: str, error: Exception) -> UserError:
     """The error for a model path that leads nowhere."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
-        f"no model at {path!r}: {reason}; expected a directory with config.json, tokenizer and safetensors, or the name of a model on "
-        "the Hugging Face hub: actor_rollout_ref.model.path=/path/to/model, or model=tiny for the embedded one"
+        f"no model at {path!r}: {reason}; expected a directory with config.json, tokenizer and safetensors, or the name of a "
+        "model on the Hugging Face hub: actor_rollout_ref.model.path=/path/to/model, or model=tiny for the embedded one"
     )
 
 
@@ -51,15 +51,17 @@ class ChatRenderer:
     @property
     def end_of_turn_id(self) -> int:
         """The token that ends an assistant's turn."""
-        return self.tokenizer.convert_tokens_to_ids(str(self.tokenizer.eos_token))
+        return int(self.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType] - a tokenizer has one; models may have several
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of `messages` with the generation prompt behind them."""
-        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+        conversation = [dict(message) for message in messages]
+        ids = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return [int(token) for token in ids]  # pyright: ignore[reportArgumentType] - token ids, as tokenize=True asks
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of one assistant turn, its end-of-turn token dropped."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def _observation_ids(self, content: str, closed: bool) -> tuple[int, ...]:
         """Tokens from the end of an assistant's turn to the start of its next one, with the tool's `content` between them.

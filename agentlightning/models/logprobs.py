@@ -35,6 +35,7 @@ class TokenRows:
 
     @classmethod
     def from_batch(cls, batch: Batch, device: torch.device) -> TokenRows:
+        """The rows of `batch`, right-padded with token 0."""
         width = int(batch.total_len_B.max())
         input_BL = np.zeros((len(batch), width), dtype=np.int64)
         for row in range(len(batch)):

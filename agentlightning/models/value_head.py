@@ -16,4 +16,5 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Values of the states."""
         return self.linear(hidden_NH.float()).squeeze(-1)

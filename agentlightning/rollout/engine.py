@@ -1,8 +1,8 @@
 """The generation engine: prompts in, completions out, on the very weights that train.
 
-Batched decoding over a `RowCache`: a prompt is run once for all its samples, a tool's result extends the context that is already
-cached, and a row that ends makes room at once. Works with any `AutoModelForCausalLM` with full attention. transformers' own
-`generate` is exact too, but has no turns and keeps ended rows until the last one ends (README, "Speed").
+Batched decoding over a `RowCache`: a prompt is run once for all its samples, a tool's result extends the context that is
+already cached, and a row that ends makes room at once. Works with any `AutoModelForCausalLM` with full attention.
+transformers' own `generate` is exact too, but has no turns and keeps ended rows until the last one ends (README, "Speed").
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from agentlightning.models.base import output_head
 from agentlightning.models.chat import ChatRenderer
 from agentlightning.rollout.cache import RowCache
 from agentlightning.rollout.sampling import choose, random_stream
@@ -197,7 +198,7 @@ class _Generation:
         hidden_R1H = self._forward(
             self.cache, samples.last_token_N[rows][:, None], (samples.prompt_len_N[rows] + at_R - 1)[:, None]
         )
-        logits_RV = self.engine.model.get_output_embeddings()(hidden_R1H[:, 0])
+        logits_RV = output_head(self.engine.model)(hidden_R1H[:, 0])
         uniform_R = torch.as_tensor(samples.uniform_NT[rows, at_R], device=self.device)
         token_R, logp_R = choose(logits_RV, uniform_R, self.params)
         chosen_R = samples.append(rows, token_R.cpu().numpy(), logp_R.float().cpu().numpy())

@@ -1,6 +1,7 @@
 """From the checked configuration to running workers: which device, how many, and what each is told.
 
-Enters: a `Config`. Leaves: a `WorkerGroup` that has loaded its model. Ray comes up while torch, the tokenizer and the data load.
+Enters: a `Config`. Leaves: a `WorkerGroup` that has loaded its model. Ray comes up while torch, the tokenizer and the data
+load.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
         asked = trainer.n_gpus_per_node * trainer.nnodes if trainer.n_gpus_per_node is not None else gpus
         if gpus == 0 or asked > gpus:
             raise ConfigError(
-                f"{asked or 'some'} GPUs were asked for and there are {gpus}: set trainer.n_gpus_per_node (a node) and trainer.nnodes "
-                "to what is there, or trainer.device=cpu"
+                f"{asked or 'some'} GPUs were asked for and there are {gpus}: set trainer.n_gpus_per_node and "
+                "trainer.nnodes to what is there, or trainer.device=cpu"
             )
     else:
         asked = (trainer.n_gpus_per_node or 1) * trainer.nnodes

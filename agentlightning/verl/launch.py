@@ -1,7 +1,7 @@
 """A run from its configuration to its end: everything the trainer stands on is made here, and taken down again.
 
-Enters: a checked `Config`. Leaves: an exit code. What can be wrong is found before training starts; Ray comes up while torch, the
-tokenizer and the data load.
+Enters: a checked `Config`. Leaves: an exit code. What can be wrong is found before training starts; Ray comes up while torch,
+the tokenizer and the data load.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from agentlightning.verl.rules import derived_sizes
 from agentlightning.verl.schema import Config
 from agentlightning.verl.tracking import METRICS_FILE, REWARD_PICTURE, Tracking
 
+_DATA_DIGEST = "data.train_files"
+
 
 class Stopped(KeyboardInterrupt):
     """A signal asked the run to end."""
@@ -56,6 +58,8 @@ def launch(config: Config) -> int:
     with checkpoints, make_console() as console:
         loaded = _find_checkpoint(checkpoints, config, console)
         asked = config.trainer.total_training_steps
+        if loaded is not None:
+            _check_fingerprint(loaded, run_fingerprint(config, None), console)
         if loaded is not None and asked is not None and loaded.step >= asked:
             return _already_complete(loaded.step, asked, run_dir, console)
         return _run(config, checkpoints, loaded, run_dir, console, started)
@@ -77,7 +81,7 @@ def _run(
         return _already_complete(loaded.step, total_steps, run_dir, console)
     fingerprint = run_fingerprint(config, data.train)
     if loaded is not None:
-        _check_fingerprint(loaded, fingerprint, console)
+        _check_data(loaded, fingerprint)
     from agentlightning.verl.trainer import AgentLightningTrainer
 
     group, placement = start_workers(config, total_steps)
@@ -123,6 +127,7 @@ def _run(
             run_dir=run_dir,
             step=trainer.state.global_step,
             total_steps=total_steps,
+            finished=exit_code == 0,
             seconds=time.monotonic() - started,
             scores=[float(line[SCORE]) for line in history if SCORE in line],
             overrides=sys.argv[1:],
@@ -131,7 +136,7 @@ def _run(
             experiment_name=config.trainer.experiment_name,
             picture=tracking.picture,
             adapter=saved / "actor" if saved is not None else None,
-            val=next((text for line in reversed(history) if (text := core_validation(line))), ""),
+            val=next((line for line in reversed(history) if core_validation(line)), {}),
         )
     )
     return exit_code
@@ -169,8 +174,9 @@ def _find_checkpoint(checkpoints: CheckpointManager, config: Config, console: Co
 
 def _already_complete(step: int, total_steps: int, run_dir: Path, console: Console) -> int:
     console.note(
-        f"already complete: {step} of {total_steps} steps are done in {run_dir}; go on with trainer.total_training_steps={total_steps * 2}, "
-        "start another run with trainer.experiment_name=NAME, or start over with trainer.resume_mode=disable"
+        f"already complete: {step} steps are done in {run_dir}, {total_steps} were asked for; go on with "
+        f"trainer.total_training_steps={step * 2}, start another run with trainer.experiment_name=NAME, or start over with "
+        "trainer.resume_mode=disable"
     )
     return 0
 
@@ -194,37 +200,39 @@ def _load_data(config: Config) -> _Data:
     return _Data(PromptDataset.from_config(config.data, tokenizer), load_prompts("val", config.data, tokenizer))
 
 
-def run_fingerprint(config: Config, train_data: PromptDataset) -> dict[str, Any]:
-    """What must be the same for a checkpoint to mean the same (`breaking`), and what is worth a warning (`harmless`)."""
-    model, rollout, optim = (
-        config.actor_rollout_ref.model,
-        config.actor_rollout_ref.rollout,
-        config.actor_rollout_ref.actor.optim,
-    )
+def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[str, Any]:
+    """What must be the same for a checkpoint to mean the same (`breaking`), and what is worth a warning (`harmless`).
+
+    Without `train_data` the digest of the data is left out.
+    """
+    model, actor, trainer = config.actor_rollout_ref.model, config.actor_rollout_ref.actor, config.trainer
     breaking: dict[str, Any] = {
-        "actor_rollout_ref.model": _model_identity(model.path),
+        "actor_rollout_ref.model.path": _model_identity(model.path),
         "actor_rollout_ref.model.lora_rank": model.lora_rank,
         "actor_rollout_ref.model.lora_alpha": model.lora_alpha,
         "actor_rollout_ref.model.target_modules": model.target_modules,
         "algorithm.adv_estimator": config.algorithm.adv_estimator,
-        "data.train_files": train_data.fingerprint(),
         "data.train_batch_size": config.data.train_batch_size,
         "data.shuffle": config.data.shuffle,
         "data.seed": config.data.seed,
-        "trainer.seed": config.trainer.seed,
+        "trainer.seed": trainer.seed,
     }
+    if train_data is not None:
+        breaking[_DATA_DIGEST] = train_data.fingerprint()
     if config.uses_critic:
         breaking["critic.kind"] = config.critic.kind
         breaking["critic.model.lora_rank"] = config.critic.model.lora_rank
-    actor = config.actor_rollout_ref.actor.model_dump(mode="json")
+    optim = actor.optim.model_dump(mode="json")
+    if actor.optim.lr_scheduler_type != "constant":
+        optim["total_training_steps"] = trainer.total_training_steps
+    losses = actor.model_dump(mode="json", exclude={"optim", "ppo_micro_batch_size_per_gpu", "ppo_max_token_len_per_gpu"})
     harmless = {
-        "actor_rollout_ref.actor": {name: value for name, value in actor.items() if "micro_batch" not in name},
-        "actor_rollout_ref.rollout.n": rollout.n,
-        "actor_rollout_ref.rollout.temperature": rollout.temperature,
+        "actor_rollout_ref.actor": losses | {"optim": optim},
+        "actor_rollout_ref.rollout.n": config.actor_rollout_ref.rollout.n,
+        "actor_rollout_ref.rollout.temperature": config.actor_rollout_ref.rollout.temperature,
         "algorithm": config.algorithm.model_dump(mode="json"),
-        "trainer.num_threads": config.trainer.num_threads,
-        "trainer.n_gpus_per_node": config.trainer.n_gpus_per_node,
-        "trainer.total_training_steps": config.trainer.total_training_steps if optim.lr_scheduler_type != "constant" else None,
+        "trainer.num_threads": trainer.num_threads,
+        "trainer.n_gpus_per_node": trainer.n_gpus_per_node,
     }
     return {"breaking": breaking, "harmless": harmless}
 
@@ -241,25 +249,39 @@ def _model_identity(path: str) -> str:
 
 
 def _check_fingerprint(loaded: LoadedCheckpoint, now: Mapping[str, Any], console: Console) -> None:
-    breaking, harmless = compare_fingerprints(loaded.fingerprint, now)
+    """Refuse a checkpoint of another model, shape or order of data; warn of other changes. The data come later."""
+    saved = {**loaded.fingerprint, "breaking": {**loaded.fingerprint["breaking"]}}
+    saved["breaking"].pop(_DATA_DIGEST, None)
+    breaking, harmless = compare_fingerprints(saved, now)
     if breaking:
-        raise CheckpointError(
-            "\n".join(
-                [
-                    f"{loaded.path} belongs to another run:",
-                    *(f"  {line}" for line in breaking),
-                    "go on with the values it was saved with, give this run a directory of its own with trainer.experiment_name=NAME, "
-                    "or start over here with trainer.resume_mode=disable",
-                ]
-            )
-        )
+        raise _belongs_to_another_run(loaded, breaking)
     for line in harmless:
         console.warning(f"changed since the checkpoint: {line}")
 
 
+def _check_data(loaded: LoadedCheckpoint, now: Mapping[str, Any]) -> None:
+    breaking, _ = compare_fingerprints(loaded.fingerprint, now)
+    if breaking:
+        raise _belongs_to_another_run(loaded, breaking)
+
+
+def _belongs_to_another_run(loaded: LoadedCheckpoint, differences: Sequence[str]) -> CheckpointError:
+    lines = [
+        f"{loaded.path} belongs to another run:",
+        *(f"  {line}" for line in differences),
+        "go on with the values it was saved with, give this run a directory of its own with trainer.experiment_name=NAME, or",
+        "start over here with trainer.resume_mode=disable",
+    ]
+    return CheckpointError("\n".join(lines))
+
+
 def _facts(config: Config, placement: Placement, run_dir: Path) -> list[str]:
     """What the console prints once."""
-    unit = "GPU" if placement.device == "cuda" else f"CPU process with {placement.num_threads} threads"
+    unit = (
+        "GPU"
+        if placement.device == "cuda"
+        else f"CPU process ({placement.num_threads} thread{'s' if placement.num_threads > 1 else ''})"
+    )
     backend = "in this process" if config.trainer.backend == "inprocess" else "on Ray"
     return [
         f"model {config.actor_rollout_ref.model.path}",

@@ -1,7 +1,7 @@
 """What a checkpoint of this trainer holds: worker and trainer state go in, files come out, and back.
 
-The layout is DESIGN's: PEFT's own for each adapter, optimizer state by parameter name, and `trainer_state.json` for the rest. There is
-no random state among it: order and samples are pure functions of (seed, step).
+The layout is DESIGN's: PEFT's own for each adapter, optimizer state by parameter name, and `trainer_state.json` for the rest.
+There is no random state among it: order and samples are pure functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def restore(loaded: LoadedCheckpoint, uses_critic: bool) -> tuple[WorkerState, T
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{loaded.path} is whole, but not of this trainer and configuration: {error}; expected {_TRAINER_STATE}, actor/"
-            f"{' and critic/' if uses_critic else ''}; set algorithm.adv_estimator as it was, or trainer.resume_mode=disable to start over"
+            f"{' and critic/' if uses_critic else ''}; set algorithm.adv_estimator as it was, "
+            "or trainer.resume_mode=disable to start over"
         ) from error
 
 

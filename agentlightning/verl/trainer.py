@@ -1,7 +1,7 @@
 """The step, on one page: prompts, rollouts, rewards, log-probabilities, advantages, updates, checkpoint.
 
-Enters: a checked `Config`. Leaves: a run directory with a curve that climbed. The controller runs in this process, so signals, exit
-codes and breakpoints reach it; the workers do the arithmetic.
+Enters: a checked `Config`. Leaves: a run directory with a curve that climbed. The controller runs in this process, so
+signals, exit codes and breakpoints reach it; the workers do the arithmetic.
 """
 
 from __future__ import annotations
@@ -281,5 +281,6 @@ def _check_finite(batch: Batch) -> None:
         if bad_B.any():
             uid = batch.uids[int(np.flatnonzero(bad_B)[0])]
             raise NumericsError(
-                f"NaN or inf in {name} of {int(bad_B.sum())} of {len(batch)} samples, first of prompt {uid!r}; no weight was changed"
+                f"NaN or inf in {name} of {int(bad_B.sum())} of {len(batch)} samples, first of prompt {uid!r}; no "
+                "weight was changed"
             )

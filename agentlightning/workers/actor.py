@@ -1,7 +1,7 @@
 """The policy on one worker: a shard of the batch goes in; log-probabilities, or a better adapter, come out.
 
-A plain class that knows no Ray. Losses are divided by the counts of the whole mini-batch (`LossDenominators`), so the gradients of
-micro-batches and of workers simply add up.
+A plain class that knows no Ray. Losses are divided by the counts of the whole mini-batch (`LossDenominators`), so the
+gradients of micro-batches and of workers simply add up.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from agentlightning.algorithms.kl import kl_penalty
 from agentlightning.algorithms.policy_losses import vanilla
 from agentlightning.errors import NumericsError
 from agentlightning.models.adapters import Adapters
+from agentlightning.models.base import output_head
 from agentlightning.models.logprobs import TokenRows, hidden_states, log_probs
 from agentlightning.types import Batch
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch
@@ -66,13 +67,13 @@ class Actor:
         """Which rows have a gradient at all: a sample without advantage adds exactly nothing to the clipped loss."""
         if self.settings.entropy_coeff or self.settings.kl_loss_coef:
             return np.ones(len(rows), dtype=bool)
-        return (batch.columns["advantages"][rows] * batch.mask_BT[rows]).any(axis=1)
+        return np.any(batch.columns["advantages"][rows] * batch.mask_BT[rows], axis=1)
 
     def _backward(self, micro: Batch, denominators: LossDenominators, sums: dict[str, float]) -> np.ndarray:
         """Add the micro-batch's gradients and metrics. Returns its log-probabilities [B, T]."""
         settings, device = self.settings, self.adapters.base.device
         tokens = TokenRows.from_batch(micro, device)
-        head = self.adapters.base.get_output_embeddings()
+        head = output_head(self.adapters.base)
         hidden_NH = hidden_states(self.adapters.base, tokens)
         logp_N, entropy_N = log_probs(head, hidden_NH, tokens.target_N, settings.temperature, bool(settings.entropy_coeff))
         mask_BT = torch.from_numpy(micro.mask_BT).to(device)
@@ -106,7 +107,7 @@ class Actor:
         return logp_BT.detach().cpu().numpy()
 
     def _log_probs(self, batch: Batch, settings: MicroBatchSettings) -> LogProbs:
-        device, head = self.adapters.base.device, self.adapters.base.get_output_embeddings()
+        device, head = self.adapters.base.device, output_head(self.adapters.base)
         result_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
         entropy_sum = 0.0
         for rows in micro_batches(batch.total_len_B, settings):

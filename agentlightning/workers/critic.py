@@ -1,7 +1,7 @@
 """The critic on one worker: a shard goes in; values, or a better value function, come out.
 
-Two kinds: `adapter`, LoRA weights of its own on the shared base with a value head, and `head`, a value head alone on the actor's
-detached hidden states (half the cost of an update, and it learns as well on small tasks).
+Two kinds: `adapter`, LoRA weights of its own on the shared base with a value head, and `head`, a value head alone on the
+actor's detached hidden states (half the cost of an update, and it learns as well on small tasks).
 """
 
 from __future__ import annotations

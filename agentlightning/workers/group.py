@@ -1,7 +1,8 @@
 """The worker group: one call in the controller becomes one call on every worker, and their answers one answer.
 
-Two back ends with the same objects behind them: `InProcess` (one worker, here; breakpoints work) and `agentlightning.workers.ray_backend`
-(one process a GPU or CPU slot). What is split, and how, is a pure function of the batch and the number of workers.
+Two back ends with the same objects behind them: `InProcess` (one worker, here; breakpoints work) and
+`agentlightning.workers.ray_backend` (one process a GPU or CPU slot). What is split, and how, is a pure function of the batch
+and the number of workers.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class WorkerGroup:
     def update_actor(
         self, batch: Batch, mini_batches: Sequence[MiniBatch], training_step: int
     ) -> tuple[dict[str, float], np.ndarray]:
-        """One optimizer step a mini-batch. Returns metrics (mean over the steps) and the first pass's log-probabilities [B, T]."""
+        """One optimizer step a mini-batch. Returns metrics, the mean over the steps, and the first pass's log-probs [B, T]."""
         shards = self._shards(batch)
         updates: list[ActorUpdate] = self.backend.call(
             "update_actor", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards]

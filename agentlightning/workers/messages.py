@@ -1,4 +1,7 @@
-"""What controller and workers say to each other: numpy in plain dataclasses. Imports no model code, so the controller starts fast."""
+"""What controller and workers say to each other: numpy in plain dataclasses.
+
+Imports no model code, so that the controller starts fast.
+"""
 
 from __future__ import annotations
 

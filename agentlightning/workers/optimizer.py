@@ -90,8 +90,8 @@ class NamedAdamW:
         if names and names != set(self.parameters):
             odd = sorted(names ^ set(self.parameters))[0]
             raise CheckpointError(
-                f"the optimizer state is of other parameters ({odd} is in one and not in the other); expected the adapter this run "
-                "was started with: the same lora_rank and target_modules, or trainer.resume_mode=disable to start over"
+                f"the optimizer state is of other parameters ({odd} is in one and not in the other); expected the adapter this "
+                "run was started with: the same lora_rank and target_modules, or trainer.resume_mode=disable to start over"
             )
         self.optimizer.state.clear()
         for name in names:
@@ -110,8 +110,8 @@ def load_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, n
     if expected != given:
         odd = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))[0]
         raise CheckpointError(
-            f"the checkpoint's {what} does not fit: {odd} has shape {given.get(odd)} there and {expected.get(odd)} here; set lora_rank "
-            "and target_modules as they were, or trainer.resume_mode=disable to start over"
+            f"the checkpoint's {what} does not fit: {odd} has shape {given.get(odd)} there and {expected.get(odd)} here; set "
+            "lora_rank and target_modules as they were, or trainer.resume_mode=disable to start over"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -63,7 +63,7 @@ class RayWorkers:
         log_dir.mkdir(parents=True, exist_ok=True)
         self.group = _reserve(world_size, gpus_per_worker, cpus_per_worker)
         remote = ray.remote(num_gpus=gpus_per_worker, num_cpus=cpus_per_worker)(_WorkerActor)
-        self.actors = [
+        self.actors: list[Any] = [
             remote.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
             ).remote(str(path))
@@ -140,16 +140,16 @@ def _reserve(world_size: int, gpus: int, cpus: int) -> PlacementGroup:
     for kind, number in needs.items():
         if number > has.get(kind, 0):
             raise ConfigError(
-                f"{world_size} workers need {number} {kind}s, but the cluster has {int(has.get(kind, 0))}: set trainer.n_gpus_per_node "
-                "and trainer.nnodes to what is there, or leave trainer.n_gpus_per_node=null to take what the cluster has"
+                f"{world_size} workers need {number} {kind}s, but the cluster has {int(has.get(kind, 0))}: set "
+                "trainer.n_gpus_per_node and trainer.nnodes to what is there, or leave trainer.n_gpus_per_node=null to take what the cluster has"
             )
     bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     group = placement_group([dict(bundle) for _ in range(world_size)], strategy="PACK")
     if not group.wait(_PLACEMENT_TIMEOUT_S):
         remove_placement_group(group)
         raise ConfigError(
-            f"the cluster did not free {needs} within {_PLACEMENT_TIMEOUT_S:.0f} s; it has {dict(has)}: end other jobs, or lower "
-            "trainer.n_gpus_per_node"
+            f"the cluster did not free {needs} within {_PLACEMENT_TIMEOUT_S:.0f} s; it has {dict(has)}: end other jobs, or "
+            "lower trainer.n_gpus_per_node"
         )
     return group
 

@@ -1,7 +1,7 @@
 """One worker: a frozen base with its adapters, the engine that samples from it, and the losses that train it.
 
-A plain class: the group runs it in this process (breakpoints work) or as a Ray actor, and both give the same bits. Everything that
-enters or leaves is numpy, so that a call costs no more than its bytes.
+A plain class: the group runs it in this process (breakpoints work) or as a Ray actor, and both give the same bits. Everything
+that enters or leaves is numpy, so that a call costs no more than its bytes.
 """
 
 from __future__ import annotations
