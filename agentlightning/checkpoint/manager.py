@@ -79,10 +79,10 @@ class CheckpointManager:
         CheckpointError if it could not be saved; `failed` then holds its message, the checkpoints before are untouched, and
         training can go on.
         """
-        self.go_on()
         if self._went_back_to is not None:
             files = replace(files, extra={**files.extra, WENT_BACK_TO: self._went_back_to})
         try:
+            self.go_on()
             saved = store.save(self.root, name_of(step), step, files)
         except CheckpointError as error:
             self.failed = str(error)
@@ -97,8 +97,8 @@ class CheckpointManager:
             write_pointer(self.root, step)
             if self.keep is not None:
                 prune(self.root, self.keep, name_of(step))
-        except OSError as error:
-            return [f"after saving step {step}, {error.filename or self.root} could not be changed ({error.strerror or error})"]
+        except (OSError, CheckpointError) as error:
+            return [f"step {step} is saved, but tidying up after it failed: {error}"]
         return []
 
     def load_latest(self) -> LoadedCheckpoint | None:
@@ -133,8 +133,8 @@ class CheckpointManager:
     def go_on(self) -> Path | None:
         """Make what was loaded the newest checkpoint here: later ones, and the bad ones passed over, move to `aside-<n>/`.
 
-        To be called when the run has accepted what it loaded, before anything is written; the first `save` sees to it otherwise.
-        Returns the new directory, None if nothing was in the way. (After a checkpoint of another directory, all of this one are.)
+        To be called when the run has accepted what it loaded, before it writes anything; the first `save` sees to it otherwise.
+        Returns the new directory, None if nothing was in the way. All that is here moves if another directory was loaded from.
         """
         if self._resumed_step is None:
             return None

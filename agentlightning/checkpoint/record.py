@@ -193,11 +193,19 @@ def _beside(path: Path, given: str) -> str:
 def list_records(root: Path) -> tuple[list[tuple[Path, CheckpointRecord]], list[tuple[str, str]]]:
     """Every `*.pt` of a run directory: the readable ones, newest first by their step, and (file name, reason) of the others.
 
-    File time only breaks ties: a copied or restored directory has times that say nothing.
+    File time only breaks ties: a copied or restored directory has times that say nothing. CheckpointError if the directory
+    cannot be read; one that is not there holds none.
     """
+    try:
+        names = entries(root)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run directory {root} cannot be read ({error.strerror}); mend it, "
+            "or give another with trainer.default_local_dir=DIR"
+        ) from error
     readable: list[tuple[int, int, Path, CheckpointRecord]] = []
     unreadable: list[tuple[str, str]] = []
-    for path in (root / entry for entry in entries(root)):
+    for path in (root / name for name in names):
         if path.suffix != RECORD_SUFFIX or path.name.startswith("."):
             continue
         try:

@@ -245,13 +245,7 @@ def find_valid(root: Path) -> LoadedCheckpoint | None:
     Newest by the step in the record. Those passed over are in `.skipped` with the reason. CheckpointError, naming them all, if
     there are some and none is good: starting from scratch must be asked for.
     """
-    try:
-        readable, skipped = list_records(root)
-    except OSError as error:
-        raise CheckpointError(
-            f"the run directory {root} cannot be read ({error.strerror}); mend it, "
-            "or give another with trainer.default_local_dir=DIR"
-        ) from error
+    readable, skipped = list_records(root)
     for path, record in readable:
         try:
             return replace(_read(Path(record.state_path), record), skipped=tuple(skipped))
