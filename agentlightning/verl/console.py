@@ -33,6 +33,7 @@ from agentlightning.verl.metrics import SCORE, VAL_CORE
 COMMAND = "python -m agentlightning.verl"
 _BARS = "▁▂▃▄▅▆▇█"
 _RECENT = 10  # steps that the time left is told from
+_MEASURABLE_SECONDS = 0.01  # a phase that had nothing to do, or only arithmetic, has no speed worth showing
 _SPARKLINE_WIDTH = 40
 _LABEL_WIDTH = 11
 _ROLE_STYLES = {"user": "cyan", "assistant": "green", "tool": "yellow"}
@@ -182,6 +183,10 @@ class _View:
             self.validation = f"{validation} (step {step})"
         return seconds
 
+    def add_rate(self, phase: str, n: int, seconds: float) -> None:
+        if seconds >= _MEASURABLE_SECONDS:
+            self.rates[phase] = n / seconds
+
     def save(self, path: Path, seconds: float) -> None:
         self.checkpoint, self.checkpoint_seconds, self.checkpoint_at = path.name, seconds, time.monotonic()
 
@@ -214,8 +219,7 @@ class PlainConsole:
 
     def tokens(self, phase: str, n: int, seconds: float) -> None:
         """See `Console`."""
-        if seconds > 0:
-            self.view.rates[phase] = n / seconds
+        self.view.add_rate(phase, n, seconds)
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Console`."""
@@ -293,8 +297,7 @@ class LiveConsole:
 
     def tokens(self, phase: str, n: int, seconds: float) -> None:
         """See `Console`."""
-        if seconds > 0:
-            self.view.rates[phase] = n / seconds
+        self.view.add_rate(phase, n, seconds)
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """See `Console`."""

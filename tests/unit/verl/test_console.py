@@ -120,6 +120,17 @@ def test_live_panel_shows_phase_progress_reward_speed_time_left_and_checkpoint(t
     assert "global_step_10 · 0.03 s · 4 s ago" in text
 
 
+def test_a_phase_that_had_nothing_to_do_shows_no_speed() -> None:
+    console, _ = live()
+    with console:
+        console.start(INFO)
+        console.tokens("old_log_prob", 5000, 1e-6)
+        console.tokens("gen", 5000, 0.5)
+        text = panel_text(console)
+    assert "gen 10,000" in text
+    assert "old_log_prob" not in text
+
+
 def test_live_panel_fits_a_narrow_terminal() -> None:
     console, _ = live()
     with console:
