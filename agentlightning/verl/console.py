@@ -12,11 +12,12 @@ import shlex
 import statistics
 import sys
 import time
+import unicodedata
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol, Self, TextIO
+from typing import Protocol, Self, TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -116,9 +117,10 @@ class Console(Protocol):
 
 def make_console(stream: TextIO | None = None) -> Console:
     """The live panel where `stream` (standard output) is a terminal that can show it, plain lines elsewhere."""
-    rich = RichConsole(file=stream or sys.stdout, highlight=False)
+    out: TextIO = sys.stdout if stream is None else stream
+    rich = RichConsole(file=out, highlight=False)
     can_draw = rich.is_terminal and not rich.is_dumb_terminal and not rich.options.ascii_only
-    return LiveConsole(rich) if can_draw else PlainConsole(rich.file)
+    return LiveConsole(rich) if can_draw else PlainConsole(out)
 
 
 def core_validation(metrics: Mapping[str, float]) -> str:
@@ -127,6 +129,14 @@ def core_validation(metrics: Mapping[str, float]) -> str:
         (key.removeprefix(VAL_CORE), value) for key, value in metrics.items() if key.startswith(VAL_CORE) and "/mean@" in key
     ]
     return ", ".join(f"{name} {value:.3f}" for name, value in means)
+
+
+def visible(text: str) -> str:
+    r"""`text` with its control characters spelled out (`\x17`), line ends and tabs left as they are: what a model samples must
+    not reach the terminal as a command, and a reader should see why a tool refused it."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
@@ -199,7 +209,7 @@ class _View:
 class PlainConsole:
     """A line an event, flushed at once: for pipes, files and a cluster's logs."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.view = _View()
 
@@ -241,9 +251,9 @@ class PlainConsole:
     def rollout(self, prompt: Prompt, completion: Completion, score: float) -> None:
         """See `Console`."""
         self._write(_rollout_title(prompt, completion, score))
-        for message in [*prompt.messages, *completion.turns]:
-            text = message["content"].replace("\n", "\n" + " " * (_LABEL_WIDTH + 2))
-            self._write(f"  {message['role']:<{_LABEL_WIDTH}}{text}")
+        for role, text in _turns(prompt, completion):
+            indented = text.replace("\n", "\n" + " " * (_LABEL_WIDTH + 2))
+            self._write(f"  {role:<{_LABEL_WIDTH}}{indented}")
 
     def checkpoint(self, path: Path, seconds: float) -> None:
         """Goes into the step's line."""
@@ -262,7 +272,10 @@ class PlainConsole:
         self._write(*closing_lines(summary))
 
     def _write(self, *lines: str) -> None:
-        self.stream.write("".join(f"{line}\n" for line in lines))
+        # A letter that the stream cannot spell is no reason to end a run.
+        encoding = self.stream.encoding or "utf-8"
+        text = "".join(f"{line}\n" for line in lines)
+        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         self.stream.flush()
 
 
@@ -306,9 +319,8 @@ class LiveConsole:
     def rollout(self, prompt: Prompt, completion: Completion, score: float) -> None:
         """See `Console`."""
         grid = Table.grid(padding=(0, 2))
-        for message in [*prompt.messages, *completion.turns]:
-            style = _ROLE_STYLES.get(message["role"], "magenta")
-            grid.add_row(Text(f"  {message['role']}", style="dim"), Text(message["content"], style=style))
+        for role, text in _turns(prompt, completion):
+            grid.add_row(Text(f"  {role}", style="dim"), Text(text, style=_ROLE_STYLES.get(role, "magenta")))
         self.rich.print(Group(Rule(Text(_rollout_title(prompt, completion, score)), style="dim", align="left"), grid, ""))
 
     def checkpoint(self, path: Path, seconds: float) -> None:
@@ -378,6 +390,12 @@ class LiveConsole:
     def _print(self, text: Text) -> None:
         # Unwrapped: a path or a command that is broken in two cannot be copied.
         self.rich.print(text, soft_wrap=True)
+
+
+def _turns(prompt: Prompt, completion: Completion) -> Iterator[tuple[str, str]]:
+    """Role and text of every message of a rollout."""
+    for message in [*prompt.messages, *completion.turns]:
+        yield visible(message["role"]), visible(message["content"])
 
 
 def _rollout_title(prompt: Prompt, completion: Completion, score: float) -> str:

@@ -3,6 +3,7 @@
 import io
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from agentlightning.verl.console import (
     core_validation,
     make_console,
     sparkline,
+    visible,
 )
 
 PROMPT = Prompt("train:3", ({"role": "user", "content": "2 boxes of [b]3[/b] pens?"},), (1,), "calculator", "6")
@@ -170,6 +172,34 @@ def test_live_prints_model_text_as_it_is() -> None:
         console.warning("see [the log]")
     assert "2 boxes of [b]3[/b] pens?" in stream.getvalue()
     assert "see [the log]" in stream.getvalue()
+
+
+WILD = replace(COMPLETION, turns=({"role": "assistant", "content": "<calc>85\x17-64</calc>\x1b[2J\x9b\r\ud800 5\u00a0€"},))
+SPELLED = "<calc>85\\x17-64</calc>\\x1b[2J\\x9b\\r\\ud800 5\u00a0€"
+
+
+def test_plain_spells_out_the_control_characters_a_model_samples() -> None:
+    stream = io.StringIO()
+    PlainConsole(stream).rollout(PROMPT, WILD, 0.0)
+    assert SPELLED in stream.getvalue()
+
+
+def test_live_spells_out_the_control_characters_a_model_samples() -> None:
+    console, stream = live()
+    console.rollout(PROMPT, WILD, 0.0)
+    assert SPELLED in stream.getvalue()
+    assert "\x1b[2J" not in stream.getvalue()
+
+
+def test_plain_keeps_lines_and_tabs_of_a_message() -> None:
+    assert visible("a\n\tb") == "a\n\tb"
+
+
+def test_a_stream_that_cannot_spell_a_letter_does_not_end_the_run() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    PlainConsole(stream).note("5 €")
+    stream.seek(0)
+    assert stream.read() == "5 \\u20ac\n"
 
 
 def test_live_does_not_break_a_command_in_two() -> None:
