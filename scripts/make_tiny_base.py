@@ -1,4 +1,4 @@
-"""Make the calculator agent's base, tokenizer and data again: `python scripts/make_tiny_base.py --seed 1`, two minutes on a CPU.
+"""Make the calculator agent's base, tokenizer and data again: `python scripts/make_tiny_base.py`, three minutes on a CPU.
 
 The base must know the format (calls, answers, copying a number from the problem or the tool's result) but act badly, so that
 reinforcement learning has something to teach. Hence two stages of supervised training, on problems drawn as it goes:
@@ -7,10 +7,15 @@ reinforcement learning has something to teach. Hence two stages of supervised tr
 2. sloppy: a few steps on a demonstrator that often guesses, picks an operator at random, or stops early.
 
 The clean stage decides how high a run ends (what the adapter re-awakens is learnt there), the sloppy one how low it starts.
-The same seed, threads and torch give the same bytes.
+The same seed and torch give the same bytes, on one thread of the same kind of CPU.
+
+Bases differ by their seed, and what tells them apart is a run from them, which is not part of this script: make several
+(`--seed 5 --out DIR`), run each (`python -m agentlightning.verl actor_rollout_ref.model.path=DIR`), keep the best.
+Of three, GRPO with the default settings (mean reward of the last ten of 70 steps) gave 0.94 from seed 1 (one run),
+0.97 to 0.99 from seed 2 and 0.987 to 0.996 from seed 3 (five runs each): seed 3 is shipped.
 
 Left out, because a model this small does without: a validation set (problems are drawn fresh, and those of the two data
-files never), dropout, mixed precision, packing, checkpoints, and arithmetic without the tool (275 k parameters do not learn it).
+files never), dropout, mixed precision, packing, checkpoints, and arithmetic without the tool, which it does not learn.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -38,11 +44,15 @@ from agentlightning.calculator.task import (
     compute_score,
     make_problem,
 )
+from agentlightning.models.chat import ChatRenderer
+from agentlightning.rollout.engine import DecodeLoop
+from agentlightning.types import Completion, Prompt, SamplingParams
 
 HOME = Path(__file__).parents[1] / "agentlightning" / "calculator"
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|user|>", "<|assistant|>", "<|tool|>")
 TRAIN_ROWS, VAL_ROWS, DATA_SEED = 2048, 256, 0
-MAX_TURNS, MAX_TURN_TOKENS = 4, 16
+# The limits and the sampling of the default run; what is measured here is what the run starts from.
+SAMPLING = SamplingParams(temperature=1.0, max_tokens=96, max_assistant_turns=4, max_tokens_per_turn=16)
 BATCH = 32
 
 CHAT_TEMPLATE = """\
@@ -63,7 +73,7 @@ Demonstrator = Callable[[Problem, random.Random], Messages]
 
 @dataclass(frozen=True, slots=True)
 class Sloppiness:
-    """How the demonstrator of the second stage fails; each is a probability."""
+    """Probabilities of the second stage's demonstrator."""
 
     uses_tool: float = 0.7
     right_operator: float = 0.34
@@ -91,6 +101,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """A Qwen3 of 275 k parameters; weights start three times larger than the default, or learning to copy takes far longer."""
+    end_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(end_id, int)
+    assert isinstance(pad_id, int)
     config = Qwen3Config(
         vocab_size=264,  # 263 tokens, rounded up to a multiple of 8
         hidden_size=96,
@@ -103,12 +116,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         tie_word_embeddings=True,
         initializer_range=0.06,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
     )
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=end_id, pad_token_id=pad_id
     )
     return model
 
@@ -136,9 +149,7 @@ def _demonstration(problem: Problem, operators: tuple[str, ...]) -> Messages:
     turns, value = [], str(problem.numbers[0])
     for operator, number in zip(operators, problem.numbers[1:], strict=False):
         call = f"{OPEN_TAG}{value}{operator}{number}{CLOSE_TAG}"
-        result = calculate(call)
-        assert result is not None
-        value = result
+        value = str(calculate(call))
         turns += [{"role": "assistant", "content": call}, {"role": "tool", "content": value}]
     return [*turns, {"role": "assistant", "content": value}]
 
@@ -180,7 +191,9 @@ def train(
     )
     model.train()
     for step in range(1, steps + 1):
-        rows = [encode(tokenizer, problem, demonstrate(problem, rng)) for problem, _ in zip(problems, range(BATCH), strict=False)]
+        rows = [
+            encode(tokenizer, problem, demonstrate(problem, rng)) for problem, _ in zip(problems, range(BATCH), strict=False)
+        ]
         width = max(len(ids) for ids, _ in rows)
         ids_BT = torch.tensor([ids + [model.config.pad_token_id] * (width - len(ids)) for ids, _ in rows])
         labels_BT = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
@@ -195,36 +208,31 @@ def train(
             print(f"  step {step:4d}  loss {loss.item():.4f}")
 
 
-@torch.no_grad()
-def measure(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], *, greedy: bool = False) -> dict[str, float]:
+def measure(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], sampling: SamplingParams = SAMPLING
+) -> dict[str, float]:
     """Play the task with the tool: `success`, and `format`, the share of turns that end and are a valid call or an integer."""
+    renderer = ChatRenderer(tokenizer)
+    prompts = []
+    for index, problem in enumerate(problems):
+        messages = ({"role": "user", "content": problem.question},)
+        ids = tuple(renderer.prompt_ids(messages))
+        prompts.append(Prompt(f"examination:{index}", messages, ids, DATA_SOURCE, str(problem.answer)))
     model.eval()
-    chats: list[Messages] = [[{"role": "user", "content": problem.question}] for problem in problems]
-    playing, turns, well_formed = list(range(len(chats))), 0, 0
-    for _ in range(MAX_TURNS):
-        if not playing:
-            break
-        prompts = tokenizer.apply_chat_template(
-            [chats[i] for i in playing], add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-        )
-        tokens = model.generate(**prompts, do_sample=not greedy, max_new_tokens=MAX_TURN_TOKENS)
-        still = []
-        for i, row in zip(playing, tokens[:, prompts["input_ids"].shape[1] :], strict=True):
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            result = calculate(text)
-            ended = tokenizer.eos_token_id in row
-            turns += 1
-            well_formed += ended and (text.lstrip("-").isdigit() if result is None else result != "error")
-            chats[i].append({"role": "assistant", "content": text})
-            if result is not None:
-                chats[i].append({"role": "tool", "content": result})
-                still.append(i)
-        playing = still
-    scores = [
-        compute_score(DATA_SOURCE, chat[-1]["content"] if chat[-1]["role"] == "assistant" else "", str(problem.answer))
-        for chat, problem in zip(chats, problems, strict=True)
-    ]
-    return {"success": sum(scores) / len(scores), "format": well_formed / turns}
+    engine = DecodeLoop(model, renderer, max_num_seqs=256, tool=calculate)
+    completions = engine.generate(prompts, sampling, seed=0, step=0, adapter_version=0)
+    scores = [compute_score(DATA_SOURCE, c.answer, prompt.ground_truth) for c, prompt in zip(completions, prompts, strict=True)]
+    turns = [well_formed for completion in completions for well_formed in _well_formed_turns(completion)]
+    return {"success": sum(scores) / len(scores), "format": sum(turns) / len(turns)}
+
+
+def _well_formed_turns(completion: Completion) -> list[bool]:
+    """For each assistant turn, whether it is a call that the tool can answer, or an integer; a turn cut short is neither."""
+    results = [(turn["content"], calculate(turn["content"])) for turn in completion.turns if turn["role"] == "assistant"]
+    formed = [result != "error" if result is not None else text.lstrip("-").isdigit() for text, result in results]
+    if completion.stop_reason == "length":
+        formed[-1] = False
+    return formed
 
 
 def write_data(home: Path) -> set[str]:
@@ -244,12 +252,23 @@ def write_data(home: Path) -> set[str]:
     return known
 
 
-def make_base(seed: int, clean_steps: int, sloppy_steps: int, known: set[str], out: Path) -> dict[str, float]:
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """The directory that `from_pretrained` loads."""
+    shutil.rmtree(out, ignore_errors=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # transformers 5 writes the class's new name; its old one is known to every version and to other engines.
+    settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def make_base(seed: int, known: set[str], out: Path, clean_steps: int = 900, sloppy_steps: int = 100) -> dict[str, float]:
     """Train one base from `seed`, save it in bf16 under `out`, and return what it does after each stage."""
     torch.manual_seed(seed)
     rng, began = random.Random(seed), time.perf_counter()
     problems, held_out = fresh_problems(rng, known), random.Random(seed + 1)
-    examination = [problem for problem, _ in zip(fresh_problems(held_out, known), range(1024), strict=False)]
+    examination = list(islice(fresh_problems(held_out, known), 1024))
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"seed {seed}: {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -257,10 +276,9 @@ def make_base(seed: int, clean_steps: int, sloppy_steps: int, known: set[str], o
     report = {f"clean_{name}": value for name, value in measure(model, tokenizer, examination).items()}
     train(model, tokenizer, problems, rng, sloppy_demonstration, steps=sloppy_steps, lr=1e-3, warmup=1)
     # What is shipped is measured: rounded to bf16 first.
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save(model.bfloat16(), tokenizer, out)
     report |= measure(model.float(), tokenizer, examination)
-    report["greedy_success"] = measure(model, tokenizer, examination, greedy=True)["success"]
+    report["greedy_success"] = measure(model, tokenizer, examination, replace(SAMPLING, temperature=0.0))["success"]
     report["seconds"] = time.perf_counter() - began
     return report
 
@@ -268,15 +286,12 @@ def make_base(seed: int, clean_steps: int, sloppy_steps: int, known: set[str], o
 def main() -> None:
     """Write the data, then make the base."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--clean-steps", type=int, default=900)
-    parser.add_argument("--sloppy-steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HOME / "base")
     args = parser.parse_args()
     torch.set_num_threads(1)  # sums in another order would be other bytes
     known = write_data(HOME)
-    shutil.rmtree(args.out, ignore_errors=True)
-    report = make_base(args.seed, args.clean_steps, args.sloppy_steps, known, args.out)
+    report = make_base(args.seed, known, args.out)
     print("  " + "  ".join(f"{name} {value:.3f}" for name, value in report.items()))
 
 
