@@ -37,9 +37,7 @@ def vanilla(
     """
     if not clip_ratio_c > 1:
         raise ValueError(f"clip_ratio_c is {clip_ratio_c}, expected more than 1 (actor_rollout_ref.actor.clip_ratio_c=3.0)")
-    # masked before anything multiplies: a NaN outside the mask would come back through the gradient as 0 * NaN
-    difference_BT = torch.where(mask_BT.bool(), log_prob_BT - old_log_prob_BT, 0.0)
-    log_ratio_BT = difference_BT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio_BT = (log_prob_BT - old_log_prob_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio_BT = log_ratio_BT.exp()
     plain_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)

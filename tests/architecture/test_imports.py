@@ -48,7 +48,9 @@ RULES = {  # the longest name that fits a module holds for it
     # models.chat is the tokenizer, which the controller needs as well; the model code stays with the workers.
     "verl": Rule(("verl", "workers", "models.chat", "algorithms", "checkpoint", "types", "errors", VERSION)),
 }
-ONLY_IMPORTER = {"verl.trainer": "verl.entrypoint"}
+# DESIGN lets only verl/entrypoint import verl/trainer; verl/launch is the entrypoint's heavy half, which it alone may import.
+ONLY_IMPORTER = {"verl.trainer": "verl.launch", "verl.launch": "verl.entrypoint"}
+KNOW_RAY = ("workers.ray_backend", "verl")  # what a worker holds (Actor, Critic, Engine) runs under a debugger without it
 
 
 # ---- the checks: a folder that holds the package goes in, one line for each fault comes out
@@ -113,6 +115,8 @@ def import_fault(module: str, rule: Rule, target: str, is_lazy: bool) -> str | N
                 return f"{module} imports {target}, which only {importer} may import"
         allowed = within(name, rule.rooms) or (not name and VERSION in rule.rooms)
         return None if allowed else f"{module} imports {target}, it may import {', '.join(rule.rooms) or 'no room'}"
+    if top == "ray" and not within(module, KNOW_RAY):
+        return f"{module} imports {target}, only {', '.join(KNOW_RAY)} may"
     if rule.libraries is None or top in sys.stdlib_module_names or top in rule.libraries:
         return None
     if top in rule.lazy:
@@ -230,8 +234,12 @@ def write(root: Path, path: str, source: str) -> None:
         ("workers/settings.py", "from agentlightning.workers.group import G", "workers.settings imports"),
         ("workers/group.py", "import agentlightning.checkpoint", "workers.group imports agentlightning.checkpoint"),
         ("verl/data.py", "from agentlightning.models.base import load_base", "verl.data imports agentlightning.models.base"),
-        ("verl/data.py", "from agentlightning.verl import trainer", "only verl.entrypoint may import"),
-        ("verl/__main__.py", "def f():\n    import agentlightning.verl.trainer", "only verl.entrypoint may import"),
+        ("verl/data.py", "from agentlightning.verl import trainer", "only verl.launch may import"),
+        ("verl/__main__.py", "def f():\n    import agentlightning.verl.trainer", "only verl.launch may import"),
+        ("verl/entrypoint.py", "from .trainer import AgentLightningTrainer", "only verl.launch may import"),
+        ("verl/data.py", "from agentlightning.verl.launch import launch", "only verl.entrypoint may import"),
+        ("rollout/engine.py", "def f():\n    from ray.util import placement_group", "rollout.engine imports ray"),
+        ("workers/worker.py", "import ray", "workers.worker imports ray"),
         ("newroom/n.py", "x = 1", "newroom.n: no rule"),
     ],
 )
@@ -248,8 +256,10 @@ def test_forbidden_imports_are_found(tmp_path: Path, path: str, source: str, wor
         ("algorithms/a.py", "import math\nfrom torch import Tensor\nfrom .aggregation import agg_loss"),
         ("checkpoint/record.py", "def f():\n    import torch"),
         ("checkpoint/manifest.py", "from agentlightning import __version__\nimport xxhash"),
-        ("verl/entrypoint.py", "from agentlightning.verl.trainer import AgentLightningTrainer"),
+        ("verl/entrypoint.py", "from agentlightning.verl.launch import launch"),
+        ("verl/launch.py", "from agentlightning.verl.trainer import AgentLightningTrainer"),
         ("workers/critic.py", "from agentlightning.workers.actor import Actor\nimport torch"),
+        ("workers/ray_backend.py", "import ray"),
     ],
 )
 def test_allowed_imports_pass(tmp_path: Path, path: str, source: str):
