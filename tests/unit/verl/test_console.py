@@ -87,9 +87,13 @@ def test_plain_mentions_a_validation_and_no_save_that_did_not_happen(ticking: Cl
     stream = io.StringIO()
     console = PlainConsole(stream)
     console.start(INFO)
-    console.step_done(1, {"critic/score/mean": 0.1, "val-core/calculator/reward/mean@1": 0.75})
-    assert stream.getvalue().splitlines()[-1].endswith("val calculator/reward/mean@1 0.750")
-    assert "saved" not in stream.getvalue()
+    console.checkpoint(Path("run/global_step_1"), 0.02)
+    console.step_done(1, {"critic/score/mean": 0.1})
+    console.step_done(2, {"critic/score/mean": 0.1, "val-core/calculator/reward/mean@1": 0.75})
+    first, second = stream.getvalue().splitlines()[-2:]
+    assert "saved in 0.02 s" in first
+    assert "saved" not in second
+    assert second.endswith("val calculator/reward/mean@1 0.750")
 
 
 def test_plain_shows_a_rollout_in_full_and_leaves_the_models_brackets_alone() -> None:
