@@ -142,15 +142,23 @@ def test_killed_before_every_operation_of_the_first_save(killed: dict[str, list[
 
 
 def test_killed_before_every_operation_of_going_back(killed: dict[str, list[Path]]) -> None:
+    """The template holds steps 1 to 3; the run goes back to 1 and saves another step 2."""
+    resumed = []
     for root in killed["go_back"]:
         with CheckpointManager(root, save_freq=1) as manager:
-            loaded = manager.load(1)  # the same command again
-            assert_is(loaded, 1)
-            manager.save(2, state_of(20))
+            loaded = manager.load(1)  # the same command again: goes back, or on from the new step 2 if that was committed
+            resumed.append(loaded.step)
+            if loaded.step == 1:
+                assert_is(loaded, 1)
+                manager.save(2, state_of(20))
             latest = manager.load_latest()
             assert latest is not None
+            assert latest.step == 2
             assert latest.json == state_of(20).json
         assert_nothing_lost(root, later={2, 3})
+    assert len(resumed) > 40
+    assert resumed == sorted(resumed)
+    assert set(resumed) == {1, 2}
 
 
 def assert_nothing_lost(root: Path, later: set[int]) -> None:
@@ -161,6 +169,7 @@ def assert_nothing_lost(root: Path, later: set[int]) -> None:
 
 
 def test_killed_before_every_operation_of_starting_over(killed: dict[str, list[Path]]) -> None:
+    assert len(killed["start_over"]) > 10
     for root in killed["start_over"]:
         with CheckpointManager(root, save_freq=1) as manager:
             manager.start_over(also=["metrics.jsonl"])
