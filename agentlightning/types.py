@@ -26,6 +26,14 @@ class LoraShape:
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatches:
+    """How many samples, or with `max_tokens` how many padded tokens, go through the model at once."""
+
+    max_rows: int
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of a data file, ready to be sampled from.
 

@@ -7,6 +7,7 @@ for the rollout a copy of the base with the actor merged in.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ class Adapters:
         configs = {name: _lora_config(shape) for name, shape in shapes.items()}
         first, *others = configs
         try:
-            with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that is being replaced
                 torch.manual_seed(seed)
                 self.model: PeftModel = get_peft_model(base, configs[first], adapter_name=first)  # pyright: ignore[reportAttributeAccessIssue]
                 for name in others:
@@ -47,11 +49,16 @@ class Adapters:
             }
             for name in configs
         }
+        self.checkpoints_activations = any(bool(getattr(module, "gradient_checkpointing", False)) for module in base.modules())
         self.use(first)
 
-    def use(self, name: str) -> None:
-        """Switch to adapter `name`: the forward pass goes through it, and its parameters alone take gradients."""
+    def use(self, name: str, training: bool = False) -> None:
+        """Switch to adapter `name`: the forward pass goes through it, and its parameters alone take gradients.
+
+        Transformers checkpoints activations in training mode only; there is no dropout that the mode would switch on.
+        """
         self.model.set_adapter(name)
+        self.base.train(training and self.checkpoints_activations)
 
     def config_json(self, name: str) -> dict[str, Any]:
         """What PEFT writes into `adapter_config.json`."""

@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from agentlightning.errors import UserError
 from agentlightning.models.chat import not_found
@@ -29,6 +30,7 @@ def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
 
 def load_base(path: str, dtype: DType, device: torch.device, gradient_checkpointing: bool) -> PreTrainedModel:
     """The model at `path`, frozen, on `device`. Raises `UserError` if it is not there or of a kind the engine cannot run."""
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=resolve_dtype(dtype, device), attn_implementation="sdpa", use_safetensors=True, device_map={"": device}

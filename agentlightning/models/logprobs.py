@@ -1,58 +1,16 @@
-"""The training pass: padded token rows go in, hidden states and log-probabilities of the trained tokens come out.
+"""From hidden states to log-probabilities and entropies of the trained tokens.
 
 Logits exist only for tokens that are trained, a chunk at a time: with a vocabulary of 150,000 the whole of them would be larger
-than the model. Rows are padded on the right, so the causal mask alone keeps padding out and the fast attention kernel runs.
+than the model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-
-from agentlightning.types import Batch
 
 _CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MiB in float32
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRows:
-    """Prompt and response of each sample in one row, on the device of the model.
-
-    `state_N` and `row_N` index the positions whose logits predict a trained token: N of them, in row order; `target_N` is that
-    token, and `column_N` its place t in the response, so that `x_BT[row_N, column_N] = x_N` puts a result back.
-    """
-
-    input_BL: torch.Tensor
-    row_N: torch.Tensor
-    state_N: torch.Tensor
-    column_N: torch.Tensor
-    target_N: torch.Tensor
-
-    @classmethod
-    def from_batch(cls, batch: Batch, device: torch.device) -> TokenRows:
-        """The rows of `batch`, right-padded with token 0."""
-        width = int(batch.total_len_B.max())
-        input_BL = np.zeros((len(batch), width), dtype=np.int64)
-        for row in range(len(batch)):
-            prompt_len, response_len = batch.prompt_len_B[row], batch.response_len_B[row]
-            input_BL[row, :prompt_len] = batch.prompt_BP[row, :prompt_len]
-            input_BL[row, prompt_len : prompt_len + response_len] = batch.response_BT[row, :response_len]
-        row_N, column_N = np.nonzero(batch.mask_BT)
-        state_N = batch.prompt_len_B[row_N] + column_N - 1  # the state before token t predicts it
-        target_N = batch.response_BT[row_N, column_N].astype(np.int64)
-        arrays = (input_BL, row_N, state_N.astype(np.int64), column_N, target_N)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
-
-
-def hidden_states(model: PreTrainedModel, rows: TokenRows) -> torch.Tensor:
-    """The last hidden state [N, H] before each trained token."""
-    hidden_BLH = model.get_decoder()(input_ids=rows.input_BL, use_cache=False).last_hidden_state
-    return hidden_BLH[rows.row_N, rows.state_N]
 
 
 def log_probs(

@@ -7,7 +7,6 @@ transformers' own `generate` is exact too, but has no turns and keeps ended rows
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,6 @@ class DecodeLoop:
     renderer: ChatRenderer
     max_num_seqs: int
     tool: Tool | None = None
-    inference: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # e.g. gradient checkpointing off
 
     @torch.no_grad()
     def generate(
@@ -55,8 +53,7 @@ class DecodeLoop:
     ) -> list[Completion]:
         """`params.n` completions of each prompt, prompt by prompt; a pure function of its arguments and the weights."""
         samples = _Samples(prompts, params, seed, step)
-        with self.inference():
-            _Generation(self, samples).run()
+        _Generation(self, samples).run()
         return samples.completions(adapter_version)
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from agentlightning.errors import ConfigError
-from agentlightning.types import LoraShape
+from agentlightning.types import LoraShape, MicroBatches
+from agentlightning.verl.rules import check_world_size
 from agentlightning.verl.schema import Config
 from agentlightning.workers.settings import (
     ActorSettings,
     CriticSettings,
-    MicroBatchSettings,
     OptimSettings,
     RolloutSettings,
     WorkerSettings,
@@ -47,8 +47,8 @@ def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
         asked = trainer.n_gpus_per_node * trainer.nnodes if trainer.n_gpus_per_node is not None else gpus
         if gpus == 0 or asked > gpus:
             raise ConfigError(
-                f"{asked or 'some'} GPUs were asked for and there are {gpus}: set trainer.n_gpus_per_node and "
-                "trainer.nnodes to what is there, or trainer.device=cpu"
+                f"trainer.device=cuda with {asked or 1} GPUs was asked for and there are {gpus}: set "
+                "trainer.n_gpus_per_node and trainer.nnodes to what is there, or trainer.device=cpu"
             )
     else:
         asked = (trainer.n_gpus_per_node or 1) * trainer.nnodes
@@ -59,6 +59,7 @@ def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
             raise ConfigError(
                 f"trainer.backend=inprocess runs one worker, but {asked} were asked for: trainer.n_gpus_per_node=1"
             )
+    check_world_size(config, asked)
     per_node = max(1, asked // trainer.nnodes)
     return Placement(asked, device, trainer.num_threads or max(1, cores // per_node))
 
@@ -154,6 +155,6 @@ def _critic_settings(config: Config, total_steps: int) -> CriticSettings:
     )
 
 
-def _micro_batch(config: Config, rows: int) -> MicroBatchSettings:
+def _micro_batch(config: Config, rows: int) -> MicroBatches:
     actor = config.actor_rollout_ref.actor
-    return MicroBatchSettings(rows, actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None)
+    return MicroBatches(rows, actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None)

@@ -31,7 +31,7 @@ from agentlightning.verl.metrics import SCORE
 from agentlightning.verl.rewards import load_reward
 from agentlightning.verl.rules import derived_sizes
 from agentlightning.verl.schema import Config
-from agentlightning.verl.tracking import METRICS_FILE, REWARD_PICTURE, Tracking
+from agentlightning.verl.tracking import METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, Tracking
 
 _DATA_DIGEST = "data.train_files"
 
@@ -155,7 +155,7 @@ def _find_checkpoint(checkpoints: CheckpointManager, config: Config, console: Co
     """The checkpoint to go on from, as `trainer.resume_mode` says; None for a new run."""
     trainer = config.trainer
     if trainer.resume_mode == "disable":
-        aside = checkpoints.start_over(also=(METRICS_FILE, REWARD_PICTURE, "config.yaml"))
+        aside = checkpoints.start_over(also=(METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, "config.yaml"))
         if aside is not None:
             console.note(f"resume_mode=disable: the run that lay here is kept in {aside}")
         return None

@@ -19,9 +19,10 @@ from agentlightning.checkpoint.store import LoadedCheckpoint
 from agentlightning.errors import CheckpointError, NumericsError
 from agentlightning.types import Batch, Completion, Prompt
 from agentlightning.verl.batching import KLController, MiniBatchPlan, make_batch, rollout_probs_diff, with_advantages
-from agentlightning.verl.console import Console, StartInfo
+from agentlightning.verl.console import Console, StartInfo, core_validation
 from agentlightning.verl.data import PromptDataset, batches
 from agentlightning.verl.metrics import (
+    ATTEMPT,
     SCORE,
     compute_data_metrics,
     compute_throughput_metrics,
@@ -74,7 +75,9 @@ class AgentLightningTrainer:
         """Train from the last checkpoint, or from the start, to the last step."""
         self._load_checkpoint()
         if self.state.global_step == 0 and self.config.trainer.val_before_train and self.val_prompts:
-            self.tracking.log(0, self._validate(0, {}))
+            before = self._validate(0, {})
+            self.tracking.log(0, before)
+            self.console.note(f"before training: validation {core_validation(before)}")
         self._announce()
         while self.state.global_step < self.total_steps:
             self._step(self.state.global_step + 1)
@@ -233,7 +236,7 @@ class AgentLightningTrainer:
         """Make the state after `step` durable."""
         self.state.kl_ctrl = dict(self.kl_controller.state_dict())
         self.state.wandb_run_id = self.tracking.wandb_run_id
-        self.state.metrics = dict(metrics)
+        self.state.metrics = {ATTEMPT: self.tracking.attempt, **metrics}
         files = checkpoint_files(self.group.state(), self.state, self.fingerprint, {"epoch": self.train_data.epoch_of(step)})
         try:
             saved = self.checkpoints.save(step, files)

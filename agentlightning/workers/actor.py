@@ -15,12 +15,12 @@ from agentlightning.algorithms.policy_losses import vanilla
 from agentlightning.errors import NumericsError
 from agentlightning.models.adapters import Adapters
 from agentlightning.models.base import output_head
-from agentlightning.models.logprobs import TokenRows, hidden_states, log_probs
-from agentlightning.types import Batch
+from agentlightning.models.logprobs import log_probs
+from agentlightning.models.passes import Pass, training_passes
+from agentlightning.types import Batch, MicroBatches
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch
-from agentlightning.workers.micro_batch import micro_batches
 from agentlightning.workers.optimizer import NamedAdamW
-from agentlightning.workers.settings import ActorSettings, MicroBatchSettings
+from agentlightning.workers.settings import ActorSettings
 
 
 class Actor:
@@ -48,18 +48,17 @@ class Actor:
     def update(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> ActorUpdate:
         """One optimizer step for each mini-batch. Needs the columns `advantages`, and `old_log_probs` unless there is only
         one step (then the policy is still the one that sampled, and the ratio is 1)."""
-        self.adapters.use(self.name)
+        self.adapters.use(self.name, training=True)
         first_BT = np.full(batch.response_BT.shape, np.nan, dtype=np.float32)
         metrics: list[dict[str, float]] = []
         for mini_batch in mini_batches:
             rows = mini_batch.rows[self._can_move(batch, mini_batch.rows)]
             self.optimizer.zero_grad()
             sums: dict[str, float] = {}
-            for part in micro_batches(batch.total_len_B[rows], self.settings.micro_batch):
-                micro = batch.rows(rows[part])
-                logp_BT = self._backward(micro, mini_batch.denominators, sums)
-                new = np.isnan(first_BT[rows[part], 0])
-                first_BT[rows[part][new], : logp_BT.shape[1]] = logp_BT[new]
+            for run in training_passes(self.adapters.base, batch, rows, self.settings.micro_batch):
+                logp_BT = self._backward(run, mini_batch.denominators, sums)
+                new = np.isnan(first_BT[run.rows, 0])
+                first_BT[run.rows[new], : logp_BT.shape[1]] = logp_BT[new]
             metrics.append(sums | self.optimizer.step(training_step, "the policy loss (actor/pg_loss)"))
         return ActorUpdate(metrics, first_BT)
 
@@ -69,16 +68,12 @@ class Actor:
             return np.ones(len(rows), dtype=bool)
         return np.any(batch.columns["advantages"][rows] * batch.mask_BT[rows], axis=1)
 
-    def _backward(self, micro: Batch, denominators: LossDenominators, sums: dict[str, float]) -> np.ndarray:
+    def _backward(self, run: Pass, denominators: LossDenominators, sums: dict[str, float]) -> np.ndarray:
         """Add the micro-batch's gradients and metrics. Returns its log-probabilities [B, T]."""
         settings, device = self.settings, self.adapters.base.device
-        tokens = TokenRows.from_batch(micro, device)
-        head = output_head(self.adapters.base)
-        hidden_NH = hidden_states(self.adapters.base, tokens)
-        logp_N, entropy_N = log_probs(head, hidden_NH, tokens.target_N, settings.temperature, bool(settings.entropy_coeff))
-        mask_BT = torch.from_numpy(micro.mask_BT).to(device)
-        logp_BT = _scatter(logp_N, tokens, mask_BT)
-        columns = {name: torch.from_numpy(column).to(device) for name, column in micro.columns.items()}
+        logp_N, entropy_N = self._log_probs_of(run, bool(settings.entropy_coeff))
+        mask_BT, logp_BT = torch.from_numpy(run.micro.mask_BT).to(device), run.scatter(logp_N)
+        columns = {name: torch.from_numpy(column).to(device) for name, column in run.micro.columns.items()}
         loss, metrics = vanilla(
             logp_BT,
             columns.get("old_log_probs", logp_BT.detach()),
@@ -92,39 +87,32 @@ class Actor:
         )
         metrics = {"pg_loss": loss.detach(), **metrics}
         if settings.entropy_coeff:
-            entropy_BT = _scatter(entropy_N, tokens, mask_BT)
-            loss = loss - settings.entropy_coeff * agg_loss(entropy_BT, mask_BT, settings.loss_agg_mode, denominators)
+            entropy = agg_loss(run.scatter(entropy_N), mask_BT, settings.loss_agg_mode, denominators)
+            loss = loss - settings.entropy_coeff * entropy
         if settings.kl_loss_coef:
             kl_BT = kl_penalty(logp_BT, columns["ref_log_prob"], settings.kl_loss_type)
             kl_loss = agg_loss(kl_BT, mask_BT, settings.loss_agg_mode, denominators)
             loss = loss + settings.kl_loss_coef * kl_loss
             metrics["kl_loss"] = kl_loss.detach()
-        _check_finite(micro, logp_BT.detach(), loss.detach())
+        _check_finite(run.micro, logp_BT.detach(), loss.detach())
         loss.backward()
         metrics |= {"entropy_sum": entropy_N.detach().sum(), "entropy_tokens": float(len(entropy_N))}
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         return logp_BT.detach().cpu().numpy()
 
-    def _log_probs(self, batch: Batch, settings: MicroBatchSettings) -> LogProbs:
-        device, head = self.adapters.base.device, output_head(self.adapters.base)
+    def _log_probs(self, batch: Batch, sizes: MicroBatches) -> LogProbs:
         result_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
         entropy_sum = 0.0
-        for rows in micro_batches(batch.total_len_B, settings):
-            micro = batch.rows(rows)
-            tokens = TokenRows.from_batch(micro, device)
-            logp_N, entropy_N = log_probs(
-                head, hidden_states(self.adapters.base, tokens), tokens.target_N, self.settings.temperature
-            )
-            logp_BT = _scatter(logp_N, tokens, torch.from_numpy(micro.mask_BT).to(device))
-            result_BT[rows, : logp_BT.shape[1]] = logp_BT.cpu().numpy()
+        for run in training_passes(self.adapters.base, batch, np.arange(len(batch)), sizes):
+            logp_N, entropy_N = self._log_probs_of(run, entropy_grad=False)
+            logp_BT = run.scatter(logp_N).cpu().numpy()
+            result_BT[run.rows, : logp_BT.shape[1]] = logp_BT
             entropy_sum += float(entropy_N.sum())
         return LogProbs(result_BT, entropy_sum, int(batch.mask_BT.sum()))
 
-
-def _scatter(x_N: torch.Tensor, tokens: TokenRows, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Per-token values back at their places, zero elsewhere; gradients flow."""
-    return x_N.new_zeros(mask_BT.shape).index_put((tokens.row_N, tokens.column_N), x_N)
+    def _log_probs_of(self, run: Pass, entropy_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return log_probs(output_head(self.adapters.base), run.hidden_NH, run.target_N, self.settings.temperature, entropy_grad)
 
 
 def _check_finite(micro: Batch, logp_BT: torch.Tensor, loss: torch.Tensor) -> None:

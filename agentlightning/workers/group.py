@@ -15,8 +15,8 @@ import numpy as np
 from agentlightning.errors import StaleAdapterError
 from agentlightning.types import Batch, Completion, Prompt, SamplingParams
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch, WorkerState
-from agentlightning.workers.micro_batch import balanced_shards
 from agentlightning.workers.settings import WorkerSettings
+from agentlightning.workers.shards import balanced_shards, prompt_shards
 
 
 class Backend(Protocol):
@@ -146,7 +146,7 @@ class WorkerGroup:
         return self.backend.call(method, [arguments] * self.world_size)
 
     def _shards(self, batch: Batch) -> list[np.ndarray]:
-        return balanced_shards(batch.total_len_B, self.world_size)
+        return prompt_shards(batch, self.world_size)
 
     def _log_probs(self, method: str, batch: Batch) -> LogProbs:
         shards = self._shards(batch)

@@ -141,7 +141,8 @@ def _reserve(world_size: int, gpus: int, cpus: int) -> PlacementGroup:
         if number > has.get(kind, 0):
             raise ConfigError(
                 f"{world_size} workers need {number} {kind}s, but the cluster has {int(has.get(kind, 0))}: set "
-                "trainer.n_gpus_per_node and trainer.nnodes to what is there, or leave trainer.n_gpus_per_node=null to take what the cluster has"
+                "trainer.n_gpus_per_node and trainer.nnodes to what is there, or leave trainer.n_gpus_per_node=null to take "
+                "what the cluster has"
             )
     bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     group = placement_group([dict(bundle) for _ in range(world_size)], strategy="PACK")

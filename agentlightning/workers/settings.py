@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from agentlightning.types import DType, LoraShape
+from agentlightning.types import DType, LoraShape, MicroBatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +23,13 @@ class OptimSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatchSettings:
-    """How many samples, or with `max_tokens` how many padded tokens, go through the model at once."""
-
-    max_rows: int
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ActorSettings:
     """The policy's loss; names as in verl's `actor_rollout_ref.actor`."""
 
     optim: OptimSettings
-    micro_batch: MicroBatchSettings
-    log_prob_micro_batch: MicroBatchSettings
-    ref_micro_batch: MicroBatchSettings
+    micro_batch: MicroBatches
+    log_prob_micro_batch: MicroBatches
+    ref_micro_batch: MicroBatches
     temperature: float
     clip_ratio_low: float
     clip_ratio_high: float
@@ -55,7 +47,7 @@ class CriticSettings:
     kind: Literal["adapter", "head"]
     lora: LoraShape
     optim: OptimSettings
-    micro_batch: MicroBatchSettings
+    micro_batch: MicroBatches
     cliprange_value: float
     loss_agg_mode: str
 

@@ -6,9 +6,8 @@ that enters or leaves is numpy, so that a call costs no more than its bytes.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -46,7 +45,6 @@ class Worker:
             renderer=ChatRenderer(load_tokenizer(settings.model_path)),
             max_num_seqs=settings.rollout.max_num_seqs,
             tool=load_tool(settings.rollout.tool) if settings.rollout.tool is not None else None,
-            inference=self._inference,
         )
         self.version = 0
         self.update_weights(0)
@@ -127,18 +125,6 @@ class Worker:
     def _the_critic(self) -> Critic:
         assert self.critic is not None, "this run has no critic"
         return self.critic
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Gradient checkpointing switches the key-value cache off, so it must be off while sampling."""
-        if not self.settings.gradient_checkpointing:
-            yield
-            return
-        self.adapters.base.gradient_checkpointing_disable()
-        try:
-            yield
-        finally:
-            self.adapters.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_tool(spec: str) -> Tool:

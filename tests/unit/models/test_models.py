@@ -9,8 +9,9 @@ from agentlightning.models import logprobs
 from agentlightning.models.adapters import Adapters, MergedCopy
 from agentlightning.models.base import load_base
 from agentlightning.models.chat import load_tokenizer
-from agentlightning.models.logprobs import TokenRows, hidden_states, log_probs
-from agentlightning.types import Batch, LoraShape
+from agentlightning.models.logprobs import log_probs
+from agentlightning.models.passes import micro_batches, training_passes
+from agentlightning.types import Batch, LoraShape, MicroBatches
 
 
 def random_batch(rng: np.random.Generator, rows: int = 5) -> Batch:
@@ -46,48 +47,125 @@ def reference(model, batch: Batch, temperature: float) -> tuple[np.ndarray, np.n
     return logp, entropy
 
 
-@pytest.mark.parametrize("chunk", [None, 7], ids=["whole", "chunked"])
-def test_log_probs_and_entropy(base_model, monkeypatch, chunk):
+def grouped_batch(rng: np.random.Generator, prompts: int = 4, samples: int = 3) -> Batch:
+    """Several samples of each prompt, of different lengths."""
+    one = random_batch(rng, prompts * samples)
+    first = np.repeat(np.arange(prompts) * samples, samples)
+    return Batch(
+        uids=tuple(f"p{i}" for i in first),
+        prompt_BP=one.prompt_BP[first],
+        prompt_len_B=one.prompt_len_B[first],
+        response_BT=one.response_BT,
+        response_len_B=one.response_len_B,
+        mask_BT=one.mask_BT,
+        adapter_version=0,
+    )
+
+
+def log_probs_BT(model, batch: Batch, sizes: MicroBatches, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    logp, entropy = np.zeros(batch.mask_BT.shape), np.zeros(batch.mask_BT.shape)
+    for run in training_passes(model, batch, np.arange(len(batch)), sizes):
+        logp_N, entropy_N = log_probs(model.lm_head, run.hidden_NH, run.target_N, temperature)
+        width = run.micro.mask_BT.shape[1]
+        logp[run.rows, :width] = run.scatter(logp_N).detach().numpy()
+        entropy[run.rows, :width] = run.scatter(entropy_N).detach().numpy()
+    return logp, entropy
+
+
+SIZES = [MicroBatches(100), MicroBatches(2), MicroBatches(1, max_tokens=25)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["whole", "rows", "tokens"])
+@pytest.mark.parametrize("chunk", [None, 7], ids=["", "chunked"])
+@pytest.mark.parametrize("training", [False, True], ids=["shared-prompts", "whole-rows"])
+def test_log_probs_and_entropy(base_model, monkeypatch, chunk, sizes, training):
     if chunk:
         monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", chunk * 264)
-    batch = random_batch(np.random.default_rng(0))
-    tokens = TokenRows.from_batch(batch, base_model.device)
-    logp, entropy = log_probs(base_model.lm_head, hidden_states(base_model, tokens), tokens.target_N, 0.7)
+    base_model.train(training)  # training mode means gradient checkpointing, which runs whole rows
+    batch = grouped_batch(np.random.default_rng(0))
+    logp, entropy = log_probs_BT(base_model, batch, sizes, 0.7)
     expected_logp, expected_entropy = reference(base_model, batch, 0.7)
-    assert logp.detach().numpy() == pytest.approx(expected_logp[batch.mask_BT], abs=2e-4)
-    assert entropy.detach().numpy() == pytest.approx(expected_entropy[batch.mask_BT], abs=2e-4)
+    assert logp == pytest.approx(expected_logp, abs=2e-4)
+    assert entropy == pytest.approx(expected_entropy, abs=2e-4)
 
 
 def test_chunks_give_the_same_gradient(base_model, monkeypatch):
-    batch = random_batch(np.random.default_rng(1))
-    tokens = TokenRows.from_batch(batch, base_model.device)
+    generator = torch.Generator().manual_seed(0)
+    start, target = torch.randn(23, 96, generator=generator), torch.randint(0, 264, (23,), generator=generator)
     gradients = []
     for elements in (1 << 25, 5 * 264):
         monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", elements)
-        hidden = hidden_states(base_model, tokens).detach().requires_grad_()
-        logp, entropy = log_probs(base_model.lm_head, hidden, tokens.target_N, 1.0, entropy_grad=True)
+        hidden = start.clone().requires_grad_()
+        logp, entropy = log_probs(base_model.lm_head, hidden, target, 1.0, entropy_grad=True)
         (logp.sum() + 0.3 * entropy.sum()).backward()
         gradients.append(hidden.grad)
     assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
 
 
-def test_padding_rows_changes_nothing(base_model):
-    batch = random_batch(np.random.default_rng(2))
-    tokens = TokenRows.from_batch(batch, base_model.device)
-    together, _ = log_probs(base_model.lm_head, hidden_states(base_model, tokens), tokens.target_N, 1.0)
-    alone = []
+@pytest.mark.parametrize("sizes", SIZES, ids=["whole", "rows", "tokens"])
+def test_gradients_through_shared_prompts_equal_those_of_one_row_at_a_time(base_model, sizes):
+    adapters = adapters_with_random_weights(base_model, ("actor",))
+    batch = grouped_batch(np.random.default_rng(3))
+    weight_BT = np.random.default_rng(4).normal(size=batch.mask_BT.shape)
+    parameters = adapters.parameters["actor"]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+        return found
+
+    for run in training_passes(adapters.base, batch, np.arange(len(batch)), sizes):
+        logp_N, _ = log_probs(adapters.base.lm_head, run.hidden_NH, run.target_N, 1.0)
+        (
+            logp_N * torch.tensor(weight_BT[run.rows][:, : run.micro.mask_BT.shape[1]][run.micro.mask_BT]).float()
+        ).sum().backward()
+    ours = gradients()
     for row in range(len(batch)):
-        one = TokenRows.from_batch(batch.rows([row]), base_model.device)
-        alone.append(log_probs(base_model.lm_head, hidden_states(base_model, one), one.target_N, 1.0)[0])
-    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+        prompt = batch.prompt_BP[row, : batch.prompt_len_B[row]].tolist()
+        response = batch.response_BT[row, : batch.response_len_B[row]].tolist()
+        log_p = adapters.base(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        steps = np.flatnonzero(batch.mask_BT[row])
+        sum(log_p[len(prompt) + t - 1, response[t]] * weight_BT[row, t] for t in steps).backward()
+    expected = gradients()
+    assert ours.keys() == expected.keys() == parameters.keys()
+    for name, gradient in expected.items():
+        assert float((ours[name] - gradient).norm() / gradient.norm()) < 1e-4, name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(base_path):
+    batch, found = grouped_batch(np.random.default_rng(5)), []
+    for checkpointing in (False, True):
+        base = load_base(base_path, "float32", torch.device("cpu"), gradient_checkpointing=checkpointing)
+        adapters = adapters_with_random_weights(base, ("actor",))
+        adapters.use("actor", training=True)
+        assert adapters.base.training == checkpointing
+        for run in training_passes(adapters.base, batch, np.arange(len(batch)), MicroBatches(5)):
+            log_probs(adapters.base.lm_head, run.hidden_NH, run.target_N, 1.0)[0].sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in adapters.parameters["actor"].values()]))
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-4
+
+
+def test_micro_batches_take_each_place_once_and_keep_to_their_size():
+    lengths = np.array([5, 1, 9, 3, 9, 2])
+    for sizes in (MicroBatches(2), MicroBatches(1, 10), MicroBatches(1, 4)):
+        parts = micro_batches(lengths, sizes)
+        assert sorted(np.concatenate(parts)) == list(range(6))
+        assert lengths[parts[0]].max() == 9
+        for part in parts:
+            if sizes.max_tokens is None:
+                assert len(part) <= sizes.max_rows
+            else:
+                assert len(part) == 1 or len(part) * lengths[part].max() <= sizes.max_tokens
 
 
 def adapters_with_random_weights(base, names=("actor", "critic")) -> Adapters:
     adapters = Adapters(base, {name: LoraShape(4, 8) for name in names}, seed=3)
+    generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameters in adapters.parameters.values():
             for parameter in parameters.values():
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=0.05, generator=generator)
     return adapters
 
 
