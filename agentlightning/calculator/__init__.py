@@ -1,0 +1,1 @@
+"""The embedded default: word problems, a calculator as the tool, data, and the small base scripts/make_tiny_base.py makes."""
