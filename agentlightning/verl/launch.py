@@ -82,6 +82,9 @@ def _run(
     fingerprint = run_fingerprint(config, data.train)
     if loaded is not None:
         _check_data(loaded, fingerprint)
+        aside = checkpoints.go_on()
+        if aside is not None:
+            console.note(f"checkpoints that this run does not go on from are kept in {aside}")
     from agentlightning.verl.trainer import AgentLightningTrainer
 
     group, placement = start_workers(config, total_steps)

@@ -32,7 +32,9 @@ def test_greedy_equals_generate(base_model, renderer, prompts):
     params = SamplingParams(temperature=0, max_tokens=20)
     for prompt, completion in zip(prompts, engine.generate(prompts, params, 0, 1, 0), strict=True):
         ids = torch.tensor([prompt.token_ids])
-        expected = base_model.generate(ids, do_sample=False, max_new_tokens=20, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]
+        expected = base_model.generate(ids, do_sample=False, max_new_tokens=20, attention_mask=torch.ones_like(ids))[
+            0, ids.shape[1] :
+        ]
         assert completion.token_ids.tolist() == expected.tolist()
 
 

@@ -63,7 +63,9 @@ def test_streams_depend_on_every_part_of_their_key_and_on_nothing_else():
     first = random_stream(1, 2, "a", 3, 8)
     assert np.array_equal(first, random_stream(1, 2, "a", 3, 8))
     assert np.array_equal(first[:5], random_stream(1, 2, "a", 3, 5)), "a longer stream begins like a shorter one"
-    others = [random_stream(*key, 8) for key in ((0, 2, "a", 3), (1, 0, "a", 3), (1, 2, "b", 3), (1, 2, "a", 0), (12, 0, "a", 3))]
+    others = [
+        random_stream(*key, 8) for key in ((0, 2, "a", 3), (1, 0, "a", 3), (1, 2, "b", 3), (1, 2, "a", 0), (12, 0, "a", 3))
+    ]
     assert all(not np.array_equal(first, other) for other in others)
     assert first.min() >= 0
     assert first.max() < 1

@@ -11,7 +11,7 @@ from agentlightning.models.base import load_base
 from agentlightning.types import Batch, LoraShape, MicroBatches, SamplingParams
 from agentlightning.verl.batching import MiniBatchPlan, make_batch, rollout_probs_diff, with_advantages
 from agentlightning.verl.config import load_config
-from agentlightning.workers.group import InProcess, WorkerGroup
+from agentlightning.workers.actor import Actor
 from agentlightning.workers.settings import ActorSettings, CriticSettings, OptimSettings, RolloutSettings, WorkerSettings
 from agentlightning.workers.shards import balanced_shards, prompt_shards
 from agentlightning.workers.worker import Worker, load_tool
@@ -42,8 +42,7 @@ CRITIC = CriticSettings(
 )
 
 
-@pytest.fixture
-def settings(base_path):
+def worker_settings(base_path: str) -> WorkerSettings:
     return WorkerSettings(
         model_path=base_path,
         dtype="float32",
@@ -57,20 +56,15 @@ def settings(base_path):
     )
 
 
+@pytest.fixture
+def settings(base_path):
+    return worker_settings(base_path)
+
+
 @pytest.fixture(scope="module")
 def batch(base_path, prompts) -> Batch:
     """Real samples with made-up advantages, some of them zero."""
-    settings = WorkerSettings(
-        base_path,
-        "float32",
-        "cpu",
-        False,
-        LoraShape(4, 8),
-        0,
-        1,
-        ACTOR,
-        RolloutSettings(64, None, "agentlightning.calculator.task:calculate"),
-    )
+    settings = worker_settings(base_path)
     completions = Worker(settings).generate(prompts[:4], SAMPLING, 0, 1, 0)
     rng = np.random.default_rng(0)
     made = make_batch(prompts, completions, np.zeros(len(completions)))
@@ -155,26 +149,29 @@ def test_shards_of_workers_add_up_to_the_whole_gradient(settings, batch):
 
 def test_leaving_out_samples_without_advantage_is_exact(settings, batch, monkeypatch):
     ours = gradient_of_one_update(settings, batch)
-    monkeypatch.setattr(
-        "agentlightning.workers.actor.Actor._can_move", lambda self, batch, rows: np.ones(len(rows), dtype=bool)
-    )
+    monkeypatch.setattr(Actor, "_can_move", lambda self, batch, rows: np.ones(len(rows), dtype=bool))
     everything = gradient_of_one_update(settings, batch)
     assert np.linalg.norm(everything - ours) < 1e-6 * np.linalg.norm(ours)
 
 
 def test_the_rollouts_log_probs_are_the_training_passs(settings, batch):
     worker = Worker(settings)
-    worker.update_actor(batch, plan(batch), 1)
-    worker.update_weights(1)
-    group = WorkerGroup(InProcess(settings))
-    group.backend.worker = worker  # pyright: ignore[reportAttributeAccessIssue]
-    training = worker.compute_log_prob(batch)
-    assert training.log_probs_BT[batch.mask_BT] != pytest.approx(batch.columns["rollout_log_probs"][batch.mask_BT], abs=1e-5)
-    fresh = Worker(settings).compute_log_prob(batch)
-    difference = rollout_probs_diff(batch, fresh.log_probs_BT)
-    assert difference["training/rollout_probs_diff_max"] < 1e-4
+    fresh = worker.compute_log_prob(batch)
+    assert rollout_probs_diff(batch, fresh.log_probs_BT)["training/rollout_probs_diff_max"] < 1e-4
     assert fresh.entropy_sum > 0
     assert fresh.tokens == int(batch.mask_BT.sum())
+    worker.update_actor(batch, plan(batch), 1)
+    moved = rollout_probs_diff(batch, worker.compute_log_prob(batch).log_probs_BT)
+    assert moved["training/rollout_probs_diff_max"] > 1e-3, "the measure must be able to see another policy"
+
+
+def test_the_engine_samples_from_the_weights_that_were_trained(settings, batch, prompts):
+    worker = Worker(settings)
+    worker.update_actor(batch, plan(batch), 1)
+    worker.update_weights(1)
+    completions = worker.generate(prompts[:4], SAMPLING, 0, 2, 1)
+    made = make_batch(prompts, completions, np.zeros(len(completions)))
+    assert rollout_probs_diff(made, worker.compute_log_prob(made).log_probs_BT)["training/rollout_probs_diff_max"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["head", "adapter"])
