@@ -7,6 +7,7 @@ exception, or where the process died, the last lines it wrote.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -111,13 +112,13 @@ class RayWorkers:
 
 def start_ray(init: Mapping[str, Any], cpus: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start a quiet one of our own that no other run on this machine touches."""
-    import logging
-
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS") or "address" in init:
         ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **init})
         return
+    # Ray would run its workers at niceness 15: beside anything else on the machine they would get next to nothing.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     defaults = {
         "address": "local",
         "include_dashboard": False,
