@@ -1,0 +1,136 @@
+"""In one process, where Ray is not the point: killed at delicate places, stopped, finished, extended, given bad numbers."""
+
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+IN_PROCESS = "trainer.backend=inprocess"
+PPO = (
+    IN_PROCESS,
+    "algorithm.adv_estimator=gae",
+    "algorithm.use_kl_in_reward=true",
+    "algorithm.kl_ctrl.type=adaptive",
+    "algorithm.kl_ctrl.horizon=100",
+    "actor_rollout_ref.actor.ppo_epochs=2",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+)
+KILLED_INSIDE = {
+    # in the actor's third optimizer step, and with a checkpoint staged but not committed
+    "head": [(2, ("_update_actor", *["_backward"] * 3)), (4, ("_save_checkpoint", "commit_record"))],
+    # between the critic's update and the actor's, and with a checkpoint committed whose line is not written
+    "adapter": [(3, ("update_critic", "_update_actor", "update")), (4, ("_save_checkpoint", "append"))],
+}
+
+
+@pytest.mark.parametrize("kind", KILLED_INSIDE)
+def test_ppo_killed_twice_ends_as_one_that_was_never_killed(kind, new_run):
+    overrides = (*PPO, f"critic.kind={kind}")
+    whole, run = new_run(*overrides).start(), new_run(*overrides)
+    for step, functions in KILLED_INSIDE[kind]:
+        run.kill_inside(step, *functions)
+        assert run.steps == list(range(1, step))
+    run.again()
+    whole.ends()
+    run.equals(whole)
+    assert "critic/value_head.safetensors" in run.files(5)
+    assert ("critic/adapter_model.safetensors" in run.files(5)) == (kind == "adapter")
+    coefficients = [run.trainer_state(step)["kl_ctrl"]["value"] for step in range(1, 6)]
+    assert len(set(coefficients)) == 5  # the adaptive controller has something to lose
+
+
+def test_a_finished_run_says_so_and_goes_on_when_more_is_asked_for(references, new_run):
+    run = new_run(IN_PROCESS)
+    run.start("trainer.total_training_steps=3").ends()
+    before = run.snapshot()
+    run.start("trainer.total_training_steps=3").ends()
+    assert "already complete: 3 steps are done" in run.stdout
+    assert run.snapshot() == before
+    run.again()
+    run.equals(references["inprocess"])
+
+
+def test_a_torn_checkpoint_is_passed_over_and_done_again(references, new_run):
+    run = new_run(IN_PROCESS)
+    shutil.copytree(references["inprocess"].directory, run.directory)
+    adapter = run.directory / "global_step_5" / "actor" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1])
+    run.again()
+    assert "global_step_5.pt was passed over: " in run.output
+    run.equals(references["inprocess"])
+
+
+def test_held_by_one_run_stopped_by_a_signal_and_gone_on_with(references, new_run):
+    run = new_run(IN_PROCESS)
+    run.hold_in("reward", step=3)
+    second = new_run(IN_PROCESS, f"trainer.default_local_dir={run.directory}").start().ends(2)
+    assert f"{run.directory} is in use by pid {run.process.pid} on " in second.stderr
+    assert "trainer.default_local_dir=DIR" in second.stderr
+    assert "Traceback" not in second.output
+
+    run.signal_group(signal.SIGINT)
+    run.ends(128 + signal.SIGINT)
+    assert "stopped at step 2 of 5" in run.stdout
+    assert re.search(r"go on +python -m agentlightning.verl .*trainer.default_local_dir=run", run.stdout)
+    assert "Traceback" not in run.output
+    run.again()
+    run.equals(references["inprocess"])
+
+
+def test_a_signal_before_training_starts_ends_the_run_as_well(new_run):
+    run = new_run(IN_PROCESS).start()
+    run.wait_until((run.directory / ".lock").exists, "the run directory")
+    run.signal_group(signal.SIGINT)
+    run.ends(128 + signal.SIGINT)
+    assert "Traceback" not in run.output
+
+
+def test_nan_from_the_reward_stops_the_step_before_the_weights_change(references, new_run):
+    run = new_run(IN_PROCESS)
+    run.stop_at("reward", 3, "nan").start().ends(1)
+    assert "RewardError: the reward function returned nan for sample 0 of train:" in run.stderr
+    assert run.steps == [1, 2]
+    assert run.newest_valid() == 2
+    run.again()
+    run.equals(references["inprocess"])
+
+
+def test_nan_in_the_base_stops_the_step_before_the_weights_change(base_path, new_run):
+    run = new_run(IN_PROCESS, "actor_rollout_ref.model.path=base", "trainer.total_training_steps=3")
+    shutil.copytree(base_path, run.cwd / "base")
+    run.start("trainer.total_training_steps=1").ends()
+    before = run.files(1)
+    _spoil(run.cwd / "base" / "model.safetensors")
+    run.start().ends(1)
+    assert "NumericsError: NaN or inf in the " in run.stderr
+    assert "'train:" in run.stderr
+    assert run.steps == [1]
+    assert run.newest_valid() == 1
+    assert run.files(1) == before
+
+
+def _spoil(weights: Path) -> None:
+    """One NaN in the first layer; names, shapes and the file's size stay."""
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def test_the_weights_and_biases_run_is_kept_over_a_kill(new_run):
+    run = new_run(IN_PROCESS, "trainer.logger=[console,wandb]", WANDB_MODE="offline")
+    run.hold_in("reward", step=3)
+    run.kill()
+    run.ends(-signal.SIGKILL)
+    run.leaves_nobody_behind()
+    run.again()
+    assert run.steps == [1, 2, 3, 4, 5]
+    run_id = run.trainer_state(5)["wandb_run_id"]
+    assert run_id == run.trainer_state(1)["wandb_run_id"]
+    starts = sorted(path.name for path in (run.directory / "wandb").glob("offline-run-*"))
+    assert [name.rpartition("-")[2] for name in starts] == [run_id, run_id]

@@ -1,0 +1,93 @@
+"""On Ray: killed, stopped, or bereft of a worker, a run ends as one that was never stopped, and leaves no process behind."""
+
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+TWO = "trainer.n_gpus_per_node=2"
+
+
+def test_two_runs_at_once_finish_and_leave_nobody_behind(references):
+    for name in ("ray", "two"):
+        assert references[name].steps == [1, 2, 3, 4, 5]
+        references[name].leaves_nobody_behind()
+    # Each had its own cluster: they were up at the same time.
+    ours, theirs = (
+        {member.pid for member in references[name].family if member.pid != references[name].process.pid}
+        for name in ("ray", "two")
+    )
+    assert not ours & theirs
+
+
+def test_ray_and_this_process_give_the_same_bits(references):
+    references["ray"].equals(references["inprocess"])
+
+
+def test_two_workers_see_the_same_prompts_and_learn_the_same(references):
+    one, two = references["ray"], references["two"]
+    for name in ("critic/score/mean", "prompt_length/mean", "response_length/mean", "perf/total_num_tokens"):
+        assert [line[name] for line in one.lines[:2]] == [line[name] for line in two.lines[:2]]
+    for step in (1, 2):
+        adapter, other = (load(run.files(step)["actor/adapter_model.safetensors"]) for run in (one, two))
+        assert adapter.keys() == other.keys()
+        for name, weights in adapter.items():
+            np.testing.assert_allclose(other[name], weights, rtol=0, atol=1e-5, err_msg=f"{name} after step {step}")
+
+
+def test_a_signal_while_the_workers_load_the_model_ends_the_run_too(new_run):
+    run = new_run().start()
+    run.wait_until((run.directory / "logs" / "worker_0.log").exists, "the worker")
+    run.look_at_family()
+    run.kill(signal.SIGTERM)
+    run.ends(128 + signal.SIGTERM)
+    assert "Traceback" not in run.output
+    run.leaves_nobody_behind()
+
+
+def test_stopped_then_killed_it_ends_as_one_that_was_never_stopped(references, new_run):
+    run = new_run()
+    run.hold_in("tool", step=2)  # the workers sample, the controller waits for them
+    run.signal_group(signal.SIGTERM)  # a scheduler stops all processes of the job at once, Ray's own among them
+    run.ends(128 + signal.SIGTERM)
+    assert re.search(r"go on +python -m agentlightning.verl .*trainer.default_local_dir=run", run.stdout)
+    assert "Traceback" not in run.output
+    run.leaves_nobody_behind()
+    assert run.newest_valid() == 1
+
+    run.hold_in("tool", step=4)
+    run.kill(signal.SIGKILL)
+    run.ends(-signal.SIGKILL)
+    assert run.steps == [1, 2, 3]
+    run.leaves_nobody_behind()
+
+    run.again()
+    assert "3 of 5 steps are done" in run.stdout
+    run.equals(references["ray"])
+    assert [line["training/attempt"] for line in run.lines] == [1, 2, 2, 3, 3]
+
+
+def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(references, new_run):
+    run = new_run(TWO)
+    worker = run.hold_in("tool", step=2)
+    ranks = {member.pid for member in run.family}
+    assert worker in ranks
+    [victim] = [member for member in run.family if member.pid == worker]
+    victim.kill()
+    killed = time.monotonic()
+    assert run.wait() == 1, run.output
+    assert time.monotonic() - killed < 30
+    assert "a worker died" in run.stderr
+    assert str(run.directory / "logs" / "worker_0.log") in run.stderr
+    run.leaves_nobody_behind()
+    assert run.newest_valid() == 1
+
+    # Killed again while both workers compute the update: the call has been handed to them, and the controller waits.
+    run.kill_inside(4, "update_actor", "_wait")
+    assert run.steps == [1, 2, 3]
+    run.again()
+    run.equals(references["two"])
