@@ -25,6 +25,7 @@ from agentlightning.workers.settings import (
 
 if TYPE_CHECKING:
     from agentlightning.workers.group import WorkerGroup
+    from agentlightning.workers.ray_backend import RayWorkers
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +65,29 @@ def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
     return Placement(asked, device, trainer.num_threads or max(1, cores // per_node))
 
 
-def start_workers(config: Config, total_steps: int) -> tuple[WorkerGroup, Placement]:
-    """Place the workers and load the model on them. With Ray, `start_ray` has been called before."""
-    from agentlightning.workers.group import InProcess, WorkerGroup
-
+def place_workers(config: Config) -> tuple[Placement, RayWorkers | None]:
+    """Decide how many workers, and with Ray start their processes, which begin to import at once. Ray is running already."""
     cores = os.cpu_count() or 1
     if config.trainer.backend == "inprocess":
         import torch
 
-        placement = choose_placement(config, torch.cuda.device_count(), cores)
-        return WorkerGroup(InProcess(worker_settings(config, placement, total_steps))), placement
+        return choose_placement(config, torch.cuda.device_count(), cores), None
     from agentlightning.workers.ray_backend import RayWorkers, cluster_gpus
 
     placement = choose_placement(config, cluster_gpus(), cores)
-    workers = RayWorkers(
-        placement.world_size,
-        gpus_per_worker=1 if placement.device == "cuda" else 0,
-        cpus_per_worker=1,
-        log_dir=Path(config.trainer.default_local_dir).resolve() / "logs",
-    )
-    workers.build(worker_settings(config, placement, total_steps))
-    return WorkerGroup(workers), placement
+    log_dir = Path(config.trainer.default_local_dir).resolve() / "logs"
+    return placement, RayWorkers(placement.world_size, 1 if placement.device == "cuda" else 0, 1, log_dir)
+
+
+def load_workers(config: Config, placement: Placement, workers: RayWorkers | None, total_steps: int) -> WorkerGroup:
+    """Load the model on the placed workers."""
+    from agentlightning.workers.group import InProcess, WorkerGroup
+
+    settings = worker_settings(config, placement, total_steps)
+    if workers is None:
+        return WorkerGroup(InProcess(settings))
+    workers.build(settings)
+    return WorkerGroup(workers)
 
 
 def worker_settings(config: Config, placement: Placement, total_steps: int) -> WorkerSettings:

@@ -275,8 +275,12 @@ class PlainConsole:
         # A letter that the stream cannot spell is no reason to end a run.
         encoding = self.stream.encoding or "utf-8"
         text = "".join(f"{line}\n" for line in lines)
-        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self.stream.flush()
+        try:
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.flush()
+        except OSError:
+            # Whoever read the lines has gone (a closed pipe or terminal): no reason to end a run either. It goes on unseen.
+            self.stream = open(os.devnull, "w")  # noqa: SIM115 - open as long as the console
 
 
 class LiveConsole:

@@ -1,8 +1,8 @@
 """The command line of door 1: hydra composes, the schema checks, the trainer runs in this very process.
 
-Overrides go in, an exit code comes out: 0 done, 2 something the user can mend (one line on stderr, no traceback), 1 with the
-traceback for everything else. The run itself happens outside hydra, so that signals, breakpoints and tracebacks are the
-program's own.
+Overrides go in, an exit code comes out: 0 done, 2 something the user can mend, 1 a run that failed (a message on stderr; with
+the traceback where nobody foresaw it). The run itself happens outside hydra, so that signals, breakpoints and tracebacks are
+the program's own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from agentlightning.errors import ConfigError, UserError
+from agentlightning.errors import AgentLightningError, ConfigError, UserError
 from agentlightning.verl.config import CONFIG_NAME, Config, check_overrides, config_dir, load_config, validate
 from agentlightning.verl.rules import check_paths
 
@@ -22,10 +22,13 @@ def main() -> int:
     try:
         config = _config_of_command_line(sys.argv[1:])
         return run(config) if config is not None else 0
-    except UserError as error:
+    except AgentLightningError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
-        return 2
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped before training began; the same command starts it\n")
+        return 130
 
 
 def run(config: Config) -> int:

@@ -72,6 +72,11 @@ def restore(loaded: LoadedCheckpoint, uses_critic: bool) -> tuple[WorkerState, T
         ) from error
 
 
+def wandb_run_id(loaded: LoadedCheckpoint) -> str | None:
+    """The W&B run that the checkpoint's run logged to."""
+    return loaded.json.get(_TRAINER_STATE, {}).get("wandb_run_id")
+
+
 def _adapter(loaded: LoadedCheckpoint, name: str) -> AdapterState:
     return AdapterState(
         config=loaded.json.get(f"{name}/{_CONFIG}", {}),

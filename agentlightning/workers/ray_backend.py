@@ -40,6 +40,12 @@ class _WorkerActor:
         # A scheduler that stops the job signals every process; the controller decides what happens then, not we.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    def load_libraries(self) -> None:
+        """Import what takes seconds while the controller is still busy with the data."""
+        import agentlightning.workers.worker
+
+        assert agentlightning.workers.worker
+
     def build(self, settings: WorkerSettings) -> None:
         from agentlightning.workers.worker import Worker
 
@@ -56,7 +62,7 @@ class _WorkerActor:
 
 
 class RayWorkers:
-    """A running group; `start` makes one without waiting, `finish` waits for it."""
+    """A group of worker processes. They start to import at once; `build` loads the model and waits for it."""
 
     def __init__(self, world_size: int, gpus_per_worker: int, cpus_per_worker: int, log_dir: Path) -> None:
         self.world_size = world_size
@@ -70,6 +76,8 @@ class RayWorkers:
             ).remote(str(path))
             for rank, path in enumerate(self.log_paths)
         ]
+        for actor in self.actors:
+            actor.load_libraries.remote()
 
     def build(self, settings: WorkerSettings) -> None:
         """Load the model on every worker, and connect them if there are several."""

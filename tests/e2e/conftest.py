@@ -50,7 +50,7 @@ class Run:
     overrides: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
-    family: list[psutil.Process] = field(default_factory=list)  # processes that `look_at_family` saw
+    family: list[tuple[psutil.Process, str]] = field(default_factory=list)  # those `look_at_family` saw, with their names
 
     @property
     def directory(self) -> Path:
@@ -109,7 +109,7 @@ class Run:
             self.look_at_family()
             self.process.kill()
             self.process.wait()
-        for member in self.family:
+        for member, _ in self.family:
             if member.is_running():
                 member.kill()
 
@@ -128,7 +128,7 @@ class Run:
         return self
 
     def hold_in(self, where: str, step: int) -> int:
-        """Start the run, and wait until it stands in the `where` (reward or tool) of `step`. The id of the process it does so in."""
+        """Start the run and wait until it stands in the `where` (reward or tool) of `step`; the id of the process that does."""
         self.stop_at(where, step, "hold")
         self.start()
         reached = self.plan.with_suffix(".reached")
@@ -150,11 +150,13 @@ class Run:
     def look_at_family(self) -> None:
         """Remember all processes that descend from the run."""
         assert self.process is not None
-        self.family = psutil.Process(self.process.pid).children(recursive=True)
+        self.family = [(member, member.name()) for member in psutil.Process(self.process.pid).children(recursive=True)]
 
-    def leaves_nobody_behind(self) -> None:
-        _, alive = psutil.wait_procs(self.family, timeout=30)
-        assert not alive
+    def leaves_nobody_behind(self, *but: str) -> None:
+        """None of the family lives half a minute later; `but` names those that may take their time."""
+        assert self.family
+        _, alive = psutil.wait_procs([member for member, name in self.family if name not in but], timeout=30)
+        assert alive == []
 
     # -- what it left -------------------------------------------------------------------------------------------------
 
@@ -206,7 +208,7 @@ class Run:
         return loaded.step
 
     def equals(self, other: Run, last: int = 5) -> None:
-        """The same run: every step once, the same numbers in each, and the same adapter and optimizer at the end, bit for bit."""
+        """The same run: every step once, the same numbers in each, the same adapter and optimizer at the end, bit for bit."""
         assert self.steps == list(range(1, last + 1))
         assert self.numbers == other.numbers
         assert self.newest_valid() == other.newest_valid() == last

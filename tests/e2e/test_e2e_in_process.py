@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 IN_PROCESS = "trainer.backend=inprocess"
 PPO = (

@@ -302,3 +302,13 @@ def test_clock(seconds: float, expected: str) -> None:
 
 def test_core_validation_is_empty_without_one() -> None:
     assert core_validation({"critic/score/mean": 1.0, "val-aux/x/reward/mean@1": 1.0}) == ""
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run():
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    console = PlainConsole(Gone())
+    console.note("nobody reads this")
+    console.warning("nor this")

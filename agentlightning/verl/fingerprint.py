@@ -1,0 +1,99 @@
+"""Whether a checkpoint fits the run that wants to go on from it.
+
+Enters: the configuration, the data, a checkpoint. Leaves: an error with a diff where the state would lose its meaning, warnings
+where it would not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agentlightning.checkpoint.fingerprint import compare_fingerprints
+from agentlightning.checkpoint.store import LoadedCheckpoint
+from agentlightning.errors import CheckpointError
+from agentlightning.verl.data import PromptDataset
+from agentlightning.verl.schema import Config
+
+_DATA_DIGEST = "data.train_files"
+
+
+def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[str, Any]:
+    """What must be the same for a checkpoint to mean the same (`breaking`), and what is worth a warning (`harmless`).
+
+    Without `train_data` the digest of the data is left out.
+    """
+    model, actor, trainer = config.actor_rollout_ref.model, config.actor_rollout_ref.actor, config.trainer
+    breaking: dict[str, Any] = {
+        "actor_rollout_ref.model.path": _model_identity(model.path),
+        "actor_rollout_ref.model.lora_rank": model.lora_rank,
+        "actor_rollout_ref.model.lora_alpha": model.lora_alpha,
+        "actor_rollout_ref.model.target_modules": model.target_modules,
+        "algorithm.adv_estimator": config.algorithm.adv_estimator,
+        "data.train_batch_size": config.data.train_batch_size,
+        "data.shuffle": config.data.shuffle,
+        "data.seed": config.data.seed,
+        "trainer.seed": trainer.seed,
+    }
+    if train_data is not None:
+        breaking[_DATA_DIGEST] = train_data.fingerprint()
+    if config.uses_critic:
+        breaking["critic.kind"] = config.critic.kind
+        breaking["critic.model.lora_rank"] = config.critic.model.lora_rank
+    optim = actor.optim.model_dump(mode="json")
+    if actor.optim.lr_scheduler_type != "constant":
+        optim["total_training_steps"] = trainer.total_training_steps
+    losses = actor.model_dump(mode="json", exclude={"optim", "ppo_micro_batch_size_per_gpu", "ppo_max_token_len_per_gpu"})
+    harmless = {
+        "actor_rollout_ref.actor": losses | {"optim": optim},
+        "actor_rollout_ref.rollout.n": config.actor_rollout_ref.rollout.n,
+        "actor_rollout_ref.rollout.temperature": config.actor_rollout_ref.rollout.temperature,
+        "algorithm": config.algorithm.model_dump(mode="json"),
+        "trainer.num_threads": trainer.num_threads,
+        "trainer.n_gpus_per_node": trainer.n_gpus_per_node,
+    }
+    return {"breaking": breaking, "harmless": harmless}
+
+
+def _model_identity(path: str) -> str:
+    """A digest of the model's configuration and of its files' names and sizes; a hub name stands for itself."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return path
+    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
+    for file in sorted(directory.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def check_config(loaded: LoadedCheckpoint, config: Config) -> list[str]:
+    """Refuse a checkpoint of another model, shape or order of data; returns the other changes. The data come later.
+
+    Raises `CheckpointError` with a line for each difference.
+    """
+    now = run_fingerprint(config, None)
+    saved = {**loaded.fingerprint, "breaking": {**loaded.fingerprint["breaking"]}}
+    saved["breaking"].pop(_DATA_DIGEST, None)
+    breaking, harmless = compare_fingerprints(saved, now)
+    if breaking:
+        raise _belongs_to_another_run(loaded, breaking)
+    return harmless
+
+
+def check_data(loaded: LoadedCheckpoint, now: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was trained on other data. `now` is the run's whole fingerprint."""
+    breaking, _ = compare_fingerprints(loaded.fingerprint, now)
+    if breaking:
+        raise _belongs_to_another_run(loaded, breaking)
+
+
+def _belongs_to_another_run(loaded: LoadedCheckpoint, differences: Sequence[str]) -> CheckpointError:
+    lines = [
+        f"{loaded.path} belongs to another run:",
+        *(f"  {line}" for line in differences),
+        "go on with the values it was saved with, give this run a directory of its own with trainer.experiment_name=NAME, or",
+        "start over here with trainer.resume_mode=disable",
+    ]
+    return CheckpointError("\n".join(lines))
