@@ -67,6 +67,7 @@ class Shape:
     mean_response: int = 0  # tokens that an answer of the random model would have if no limit cut it short
 
 
+SECONDS = ("step_s", "cpu_s", "gen_s", "update_s")
 ONE_TURN = "actor_rollout_ref.rollout.multi_turn.enable=false"
 SHAPES = {
     "tiny": Shape(64),
@@ -179,17 +180,12 @@ TRL_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|' ~ message['role'] ~ '|>' ~ message['content'] -}}
 {%- for call in message['tool_calls'] or [] -%}
-{%- if call['function']['name'] == 'calculate' -%}
-{{- '<calc>' ~ call['function']['arguments']['expression'] ~ '</calc>' -}}
-{%- else -%}
-{{- call['function'] | tojson -}}
-{%- endif -%}
+{%- set function = call['function'] -%}
+{{- '<calc>' ~ function['arguments']['expression'] ~ '</calc>' if function['name'] == 'calculate' else function | tojson -}}
 {%- endfor -%}
 {{- '<|end|>' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|assistant|>' -}}
-{%- endif -%}
+{{- '<|assistant|>' if add_generation_prompt -}}
 """
 TRL_RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
@@ -267,7 +263,6 @@ def make_trl_trainer(ours: Ours, shape: Shape, steps: int, work_dir: Path) -> GR
             top_k=0,
             learning_rate=actor.optim.lr,
             lr_scheduler_type="constant",
-            weight_decay=actor.optim.weight_decay,
             max_grad_norm=actor.grad_clip,
             epsilon=actor.clip_ratio,
             beta=0.0,
@@ -307,7 +302,7 @@ class TrlClock:
         self.begin()
 
     def begin(self) -> None:
-        """A step begins."""
+        """Before a step."""
         self.gen_seconds = self.inputs_seconds = self.score = 0.0
         self.gen_tokens = self.update_tokens = 0
         self.cpu_start, self.start = time.process_time(), now()
@@ -385,12 +380,8 @@ def bench_steps(args: argparse.Namespace) -> dict[str, Any]:
 
     shape = SHAPES[args.model_shape]
     torch.set_num_threads(args.threads)
-    overrides = [
-        *shape.overrides,
-        f"data.train_batch_size={args.prompts}",
-        f"actor_rollout_ref.rollout.n={args.samples}",
-        f"trainer.num_threads={args.threads}",
-    ]
+    overrides = [*shape.overrides, f"data.train_batch_size={args.prompts}", f"actor_rollout_ref.rollout.n={args.samples}"]
+    overrides.append(f"trainer.num_threads={args.threads}")
     with tempfile.TemporaryDirectory() as work:
         work_dir = Path(work)
         if shape.random is not None:
@@ -401,8 +392,7 @@ def bench_steps(args: argparse.Namespace) -> dict[str, Any]:
         ours_times, trl_times = run_in_turns(ours, trainer)
     sides = {"ours": ours_times[args.warmup :], "trl": trl_times[args.warmup :]}
     report: dict[str, Any] = {name: summary(times) for name, times in sides.items()}
-    phases = ("step_s", "cpu_s", "gen_s", "update_s")
-    report["ratio"] = {phase: report["ours"][phase] / report["trl"][phase] for phase in phases}
+    report["ratio"] = {name: report["ours"][name] / report["trl"][name] for name in SECONDS}
     return {
         "model_shape": args.model_shape,
         "parameters": sum(p.numel() for p in trainer.accelerator.unwrap_model(trainer.model).get_base_model().parameters()),
@@ -418,13 +408,13 @@ def summary(times: Sequence[StepTime]) -> dict[str, float]:
     """Medians of seconds; tokens a step and a second over all steps."""
 
     def mean(name: str) -> float:
-        return statistics.mean(getattr(time, name) for time in times)
+        return statistics.mean(getattr(step, name) for step in times)
 
     return {
-        "step_s": statistics.median(time.seconds for time in times),
-        "cpu_s": statistics.median(time.cpu_seconds for time in times),
-        "gen_s": statistics.median(time.gen_seconds for time in times),
-        "update_s": statistics.median(time.update_seconds for time in times),
+        "step_s": statistics.median(step.seconds for step in times),
+        "cpu_s": statistics.median(step.cpu_seconds for step in times),
+        "gen_s": statistics.median(step.gen_seconds for step in times),
+        "update_s": statistics.median(step.update_seconds for step in times),
         "gen_tokens_per_s": mean("gen_tokens") / mean("gen_seconds"),
         "update_tokens_per_s": mean("update_tokens") / mean("update_seconds"),
         "gen_tokens": mean("gen_tokens"),
@@ -484,14 +474,13 @@ def print_steps(report: Mapping[str, Any]) -> None:
         f"{report['model_shape']}: {report['parameters'] / 1e6:.1f} M parameters with LoRA, {report['rollouts']} rollouts a "
         f"step, {report['threads']} thread(s), {report['device']}, median of {report['steps']} steps each, in turns"
     )
-    times = ("step_s", "cpu_s", "gen_s", "update_s")
     others = ("gen_tokens_per_s", "update_tokens_per_s", "gen_tokens", "update_tokens")
-    print(f"{'':6}" + "".join(f"{name:>20}" if name in others else f"{name:>10}" for name in (*times, *others, "score")))
+    print(" " * 6 + "".join(f"{name:>10}" for name in (*SECONDS, "score")) + "".join(f"{name:>21}" for name in others))
     for side in ("ours", "trl"):
         row = report[side]
-        numbers = "".join(f"{row[name]:10.3f}" for name in times) + "".join(f"{row[name]:20.0f}" for name in others)
-        print(f"{side:6}{numbers}{row['score']:10.2f}")
-    print(f"{'ratio':6}" + "".join(f"{report['ratio'][name]:10.2f}" for name in times))
+        seconds = "".join(f"{row[name]:10.3f}" for name in SECONDS)
+        print(f"{side:6}{seconds}{row['score']:10.2f}" + "".join(f"{row[name]:21.0f}" for name in others))
+    print("ratio " + "".join(f"{report['ratio'][name]:10.2f}" for name in SECONDS))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from agentlightning.errors import NumericsError
 from agentlightning.models.base import output_head
 from agentlightning.models.chat import ChatRenderer
 from agentlightning.rollout.cache import RowCache
@@ -198,7 +199,14 @@ class _Generation:
         logits_RV = output_head(self.engine.model)(hidden_R1H[:, 0])
         uniform_R = torch.as_tensor(samples.uniform_NT[rows, at_R], device=self.device)
         token_R, logp_R = choose(logits_RV, uniform_R, self.params)
-        chosen_R = samples.append(rows, token_R.cpu().numpy(), logp_R.float().cpu().numpy())
+        log_probs = logp_R.float().cpu().numpy()
+        if not np.isfinite(log_probs).all():
+            sample = int(rows[int(np.flatnonzero(~np.isfinite(log_probs))[0])])
+            raise NumericsError(
+                f"NaN or inf in the logits of the rollout, at response token {samples.count_N[sample]} of prompt "
+                f"{samples.prompt(sample).uid!r}: the base or the adapter holds it; no weight was changed"
+            )
+        chosen_R = samples.append(rows, token_R.cpu().numpy(), log_probs)
         self._end_turns(rows[chosen_R])
 
     def _forward(

@@ -55,5 +55,6 @@ def choose(logits_BV: torch.Tensor, uniform_B: torch.Tensor, params: SamplingPar
         # Inverse of the cumulative distribution in float64: one number a token, exact to far below a float32 probability.
         cumulative_BV = kept_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
         target_B1 = (uniform_B * cumulative_BV[:, -1]).unsqueeze(-1)
-        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+        # Rounding, or logits that are not numbers, may lead past the last token; the caller looks at the log-probability.
+        token_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
     return token_B, log_probs_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)

@@ -6,6 +6,7 @@ the tokenizer and the data load.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -37,12 +38,25 @@ if TYPE_CHECKING:
     from agentlightning.workers.ray_backend import RayWorkers
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asked the run to end."""
+_RAY_GOODBYE_S = 10.0
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+
+class _Stop:
+    """The signal that asked the run to end. Kept here because Ray makes a plain KeyboardInterrupt of what a handler raises."""
+
+    number: int = signal.SIGINT
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell shows for a process that the signal ended."""
+        return 128 + self.number
+
+
+_stop = _Stop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,52 +75,79 @@ def launch(config: Config) -> int:
         asked = config.trainer.total_training_steps
         if loaded is not None and asked is not None and loaded.step >= asked:
             return _already_complete(loaded.step, asked, run_dir, console)
-        reward = load_reward(config.custom_reward_function)
-        console.phase("starting")
-        data, placement, workers = _load_data_while_ray_starts(config)
-        total_steps = asked or data.train.steps_per_epoch * config.trainer.total_epochs
-        if loaded is not None and loaded.step >= total_steps:
-            return _already_complete(loaded.step, total_steps, run_dir, console)
-        fingerprint = run_fingerprint(config, data.train)
-        if loaded is not None:
-            check_data(loaded, fingerprint)
-        group = load_workers(config, placement, workers, total_steps)
-        _clear_the_way(checkpoints, config, console)
-        tracking = _start_tracking(config, run_dir, loaded)
-        from agentlightning.verl.trainer import AgentLightningTrainer
+        try:
+            exit_code = _run(config, checkpoints, loaded, run_dir, console, started)
+        except KeyboardInterrupt:
+            console.note("stopped before training began; the same command starts it")
+            exit_code = _stop.exit_code
+    if exit_code >= 128 and config.trainer.backend == "ray":
+        _leave_ray(exit_code)
+    return exit_code
 
-        trainer = AgentLightningTrainer(
-            config,
-            group=group,
-            train_data=data.train,
-            val_prompts=data.val,
-            reward=reward,
-            checkpoints=checkpoints,
-            loaded=loaded,
-            tracking=tracking,
-            console=console,
-            total_steps=total_steps,
-            fingerprint=fingerprint,
-            facts=_facts(config, placement, run_dir),
-        )
-        exit_code = _fit(trainer)
-        console.done(_summary(trainer, run_dir, exit_code, time.monotonic() - started))
-        return exit_code
+
+def _leave_ray(exit_code: int) -> None:
+    from agentlightning.workers.ray_backend import leave_ray
+
+    if not leave_ray(_RAY_GOODBYE_S):
+        # Whoever stopped us has stopped Ray's processes too; Ray's own exit hook would wait a minute for them and then abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def _run(
+    config: Config,
+    checkpoints: CheckpointManager,
+    loaded: LoadedCheckpoint | None,
+    run_dir: Path,
+    console: Console,
+    started: float,
+) -> int:
+    reward = load_reward(config.custom_reward_function)
+    console.phase("starting")
+    data, placement, workers = _load_data_while_ray_starts(config)
+    total_steps = config.trainer.total_training_steps or data.train.steps_per_epoch * config.trainer.total_epochs
+    if loaded is not None and loaded.step >= total_steps:
+        return _already_complete(loaded.step, total_steps, run_dir, console)
+    fingerprint = run_fingerprint(config, data.train)
+    if loaded is not None:
+        check_data(loaded, fingerprint)
+    group = load_workers(config, placement, workers, total_steps)
+    _clear_the_way(checkpoints, config, console)
+    tracking = _start_tracking(config, run_dir, loaded)
+    from agentlightning.verl.trainer import AgentLightningTrainer
+
+    trainer = AgentLightningTrainer(
+        config,
+        group=group,
+        train_data=data.train,
+        val_prompts=data.val,
+        reward=reward,
+        checkpoints=checkpoints,
+        loaded=loaded,
+        tracking=tracking,
+        console=console,
+        total_steps=total_steps,
+        fingerprint=fingerprint,
+        facts=_facts(config, placement, run_dir),
+    )
+    exit_code = _fit(trainer)
+    console.done(_summary(trainer, run_dir, exit_code, time.monotonic() - started))
+    return exit_code
 
 
 def _fit(trainer: AgentLightningTrainer) -> int:
-    """Train, and take everything down again, whatever ends it. The signal handlers replace those that Ray has set."""
+    """Train, and end what was started, whatever happens."""
     exit_code = 1
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
     try:
         trainer.fit()
         exit_code = 0
-    except Stopped as stopped:
-        exit_code = 128 + stopped.number
+    except KeyboardInterrupt:
+        exit_code = _stop.exit_code
     finally:
         trainer.tracking.finish(exit_code)
-        trainer.group.close()
+        if exit_code < 128:
+            trainer.group.close()
     return exit_code
 
 
@@ -141,10 +182,6 @@ def _start_tracking(config: Config, run_dir: Path, loaded: LoadedCheckpoint | No
         config=tree,
         wandb_run_id=wandb_run_id(loaded) if loaded is not None else None,
     )
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number)
 
 
 def _find_checkpoint(checkpoints: CheckpointManager, config: Config, console: Console) -> LoadedCheckpoint | None:
@@ -196,6 +233,9 @@ def _load_data_while_ray_starts(config: Config) -> tuple[_Data, Placement, RayWo
 
             trainer = config.trainer
             start_ray(config.ray_kwargs.ray_init, cpus=(trainer.n_gpus_per_node or 1) * trainer.nnodes)
+        # Not before: `ray.init` sets a handler of its own, after which a signal aborts whatever uses Ray.
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
         placement, workers = place_workers(config)
         return future.result(), placement, workers
 

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -135,6 +136,14 @@ def start_ray(init: Mapping[str, Any], cpus: int) -> None:
         "log_to_driver": False,
     }
     ray.init(**{**defaults, **init})
+
+
+def leave_ray(timeout_s: float) -> bool:
+    """Shut down what `start_ray` started. False if Ray did not answer in time, as when a scheduler killed its processes too."""
+    thread = threading.Thread(target=ray.shutdown, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return not thread.is_alive()
 
 
 def cluster_gpus() -> int:

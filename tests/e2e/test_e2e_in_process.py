@@ -93,7 +93,7 @@ def test_a_signal_before_training_starts_ends_the_run_as_well(new_run):
 def test_nan_from_the_reward_stops_the_step_before_the_weights_change(references, new_run):
     run = new_run(IN_PROCESS)
     run.stop_at("reward", 3, "nan").start().ends(1)
-    assert "RewardError: the reward function returned nan for sample 0 of train:" in run.stderr
+    assert "error: the reward function returned nan for sample 0 of train:" in run.stderr
     assert run.steps == [1, 2]
     assert run.newest_valid() == 2
     run.again()
@@ -107,7 +107,7 @@ def test_nan_in_the_base_stops_the_step_before_the_weights_change(base_path, new
     before = run.files(1)
     _spoil(run.cwd / "base" / "model.safetensors")
     run.start().ends(1)
-    assert "NumericsError: NaN or inf in the " in run.stderr
+    assert "error: NaN or inf in the " in run.stderr
     assert "'train:" in run.stderr
     assert run.steps == [1]
     assert run.newest_valid() == 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agentlightning.calculator.task import calculate
+from agentlightning.errors import NumericsError
 from agentlightning.rollout.engine import DecodeLoop
 from agentlightning.types import Prompt, SamplingParams
 
@@ -117,3 +118,11 @@ def test_a_stop_string_ends_the_turn_and_the_result_follows_after_the_end_token(
 
 def test_no_prompts_no_completions(engine):
     assert engine.generate([], AGENT, 0, 1, 0) == []
+
+
+def test_weights_that_are_not_numbers_are_named_with_the_prompt(engine, base_model, prompts):
+    with torch.no_grad():
+        base_model.model.norm.weight[3] = torch.nan
+    for params in (AGENT, replace(AGENT, temperature=0)):
+        with pytest.raises(NumericsError, match=r"response token 0 of prompt 'train:0'"):
+            engine.generate(prompts[:2], params, 0, 1, 0)

@@ -33,7 +33,7 @@ def _mending(message: str) -> list[str]:
         (["trainer.resume_from_path=3"], "trainer.resume_mode: given auto"),
         ([f"{ROLLOUT}.multi_turn.tool=null"], f"{ROLLOUT}.multi_turn.tool: given null"),
         (["data.val_files=null"], "data.val_files: given null"),
-        (["data.val_files=null", "trainer.test_freq=-1"], "trainer.val_before_train=true"),
+        (["data.val_files=null", "trainer.test_freq=-1", "trainer.val_before_train=true"], "trainer.val_before_train=true"),
         (["trainer.save_freq=0"], "trainer.save_freq: given 0"),
         (["trainer.test_freq=0"], "trainer.test_freq: given 0"),
         ([f"{ROLLOUT}.top_k=0"], f"{ROLLOUT}.top_k: given 0"),
@@ -147,5 +147,5 @@ def test_derived_sizes_by_hand():
 def test_derived_sizes_of_an_uneven_split_and_a_critic():
     config = load_config(["algorithm.adv_estimator=gae", "critic.ppo_mini_batch_size=8", f"{ROLLOUT}.n=1"])
     text = "\n".join(derived_sizes(config, world_size=3))
-    assert "6 samples a step, 6 a mini-batch, in micro-batches of at most 4096 tokens (3 worker(s))" in text
+    assert "6 samples a step, 6 a mini-batch, in micro-batches of at most 1024 tokens (3 worker(s))" in text
     assert "critic        2 optimizer step(s) on mini-batches of 8 prompts" in text
