@@ -16,12 +16,13 @@ out of the update, which is exact; TRL computes them. In the random models no to
 reward is a coin thrown by hashing the answer, so that nearly every group has advantages, and the end-of-turn token is made
 likely enough that lengths vary. A TRL turn that is cut short inside a call still runs the tool, ours ends the sample.
 
-Left out: validation, checkpoints, tracking (in neither), vLLM (TRL's fast path on GPUs), several workers.
+Left out: validation, checkpoints, tracking, vLLM, several workers. TRL's tool loop needs transformers 5.13 or later.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import math
@@ -40,8 +41,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY_BASE = ROOT / "agentlightning" / "calculator" / "base"
+TINY_BASE = Path(__file__).resolve().parents[1] / "agentlightning" / "calculator" / "base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,17 +187,12 @@ TRL_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{- '<|assistant|>' if add_generation_prompt -}}
 """
+TRL_CALL = {"type": "function", "function": {"name": "calculate", "arguments": {"expression": "{content}"}}}
 TRL_RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|assistant|>",
     "fields": {
-        "tool_calls": {
-            "open": "<calc>",
-            "close": "</calc>",
-            "repeats": True,
-            "content": "text",
-            "transform": {"type": "function", "function": {"name": "calculate", "arguments": {"expression": "{content}"}}},
-        },
+        "tool_calls": {"open": "<calc>", "close": "</calc>", "repeats": True, "content": "text", "transform": TRL_CALL},
         "content": {"close": "<|end|>", "content": "text"},
     },
 }
@@ -212,10 +207,9 @@ def calculate(expression: str) -> str:
     Returns:
         The result, or "error".
     """
-    from agentlightning.calculator.task import CLOSE_TAG, OPEN_TAG
-    from agentlightning.calculator.task import calculate as calculate_turn
+    from agentlightning.calculator import task
 
-    return calculate_turn(f"{OPEN_TAG}{expression}{CLOSE_TAG}") or "error"
+    return task.calculate(f"{task.OPEN_TAG}{expression}{task.CLOSE_TAG}") or "error"
 
 
 def trl_reward(reward: Callable[..., float]) -> Callable[..., list[float | None]]:
@@ -285,7 +279,6 @@ def make_trl_trainer(ours: Ours, shape: Shape, steps: int, work_dir: Path) -> GR
             r=model.lora_rank,
             lora_alpha=model.lora_alpha,  # pyright: ignore[reportArgumentType]
             target_modules=model.target_modules,  # pyright: ignore[reportArgumentType]
-            lora_dropout=0.0,
             task_type="CAUSAL_LM",  # pyright: ignore[reportArgumentType]
         ),
     )
@@ -376,10 +369,7 @@ def run_in_turns(ours: Ours, trainer: GRPOTrainer) -> tuple[list[StepTime], list
 
 def bench_steps(args: argparse.Namespace) -> dict[str, Any]:
     """Step times of both trainers, as a report."""
-    import torch
-
     shape = SHAPES[args.model_shape]
-    torch.set_num_threads(args.threads)
     overrides = [*shape.overrides, f"data.train_batch_size={args.prompts}", f"actor_rollout_ref.rollout.n={args.samples}"]
     overrides.append(f"trainer.num_threads={args.threads}")
     with tempfile.TemporaryDirectory() as work:
@@ -390,9 +380,7 @@ def bench_steps(args: argparse.Namespace) -> dict[str, Any]:
         ours = Ours(overrides, hash_score if shape.random is not None else None)
         trainer = make_trl_trainer(ours, shape, args.warmup + args.steps, work_dir / "trl")
         ours_times, trl_times = run_in_turns(ours, trainer)
-    sides = {"ours": ours_times[args.warmup :], "trl": trl_times[args.warmup :]}
-    report: dict[str, Any] = {name: summary(times) for name, times in sides.items()}
-    report["ratio"] = {name: report["ours"][name] / report["trl"][name] for name in SECONDS}
+    ours_summary, trl_summary = summary(ours_times[args.warmup :]), summary(trl_times[args.warmup :])
     return {
         "model_shape": args.model_shape,
         "parameters": sum(p.numel() for p in trainer.accelerator.unwrap_model(trainer.model).get_base_model().parameters()),
@@ -400,7 +388,9 @@ def bench_steps(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "threads": args.threads,
         "device": ours.placement.device,
-        **report,
+        "ours": ours_summary,
+        "trl": trl_summary,
+        "ratio": {name: ours_summary[name] / trl_summary[name] for name in SECONDS},
     }
 
 
@@ -439,12 +429,10 @@ def wait_for_line(command: Sequence[str], cwd: Path, file: Path) -> float:
 
 def cost_of_parts(line_file: Path) -> None:
     """The yardstick: import torch, transformers and peft once, start Ray, and do one step in this process."""
-    import peft  # noqa: F401
     import ray
-    import torch
-    import transformers  # noqa: F401
 
-    torch.set_num_threads(1)
+    for name in ("torch", "transformers", "peft"):
+        importlib.import_module(name)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     Ours([], None).step(1)
     line_file.write_text("done\n", encoding="utf-8")
@@ -456,13 +444,12 @@ def bench_startup(runs: int) -> dict[str, Any]:
     first_step: list[float] = []
     parts: list[float] = []
     words = ("total_training_steps=1", "val_before_train=false", "test_freq=-1", "default_local_dir=run")
-    command = [sys.executable, "-m", "agentlightning.verl", *(f"trainer.{word}" for word in words)]
+    run_command = [sys.executable, "-m", "agentlightning.verl", *(f"trainer.{word}" for word in words)]
+    parts_command = [sys.executable, str(Path(__file__).resolve()), "--parts-child", "done"]
     for run in range(runs):
         with tempfile.TemporaryDirectory() as work:
-            path = Path(work)
-            first_step.append(wait_for_line(command, path, path / "run" / "metrics.jsonl"))
-            child = [sys.executable, str(Path(__file__).resolve()), "--parts-child", str(path / "done")]
-            parts.append(wait_for_line(child, path, path / "done"))
+            first_step.append(wait_for_line(run_command, Path(work), Path(work) / "run" / "metrics.jsonl"))
+            parts.append(wait_for_line(parts_command, Path(work), Path(work) / "done"))
         print(f"run {run + 1}: first step after {first_step[-1]:.1f} s, its parts {parts[-1]:.1f} s", flush=True)
     ours_s, parts_s = statistics.median(first_step), statistics.median(parts)
     return {"first_step_s": ours_s, "parts_s": parts_s, "ratio": ours_s / parts_s, "runs": runs}
@@ -491,15 +478,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="of each prompt")
     parser.add_argument("--steps", type=int, default=10, help="measured")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--startup", action="store_true", help="measure the first step of a run instead")
     parser.add_argument("--runs", type=int, default=3, help="of --startup")
     parser.add_argument("--json", type=Path, help="write the report there too")
     parser.add_argument("--parts-child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.parts_child is not None:
-        cost_of_parts(args.parts_child)
-        return
+        return cost_of_parts(args.parts_child)
     if args.startup:
         report = bench_startup(args.runs)
         print(f"first step {report['first_step_s']:.1f} s, parts {report['parts_s']:.1f} s, ratio {report['ratio']:.2f}")
