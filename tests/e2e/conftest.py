@@ -248,16 +248,17 @@ def new_run(tmp_path: Path) -> Iterator[NewRun]:
 
 @pytest.fixture(scope="session")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """Runs that nobody stops, all at the same time: GRPO in-process, and on Ray with one and two workers."""
+    """Runs that nobody stops: GRPO in-process, and on Ray with one and two workers, these two at the same time."""
     overrides = {"inprocess": (IN_PROCESS,), "ray": (), "two": ("trainer.n_gpus_per_node=2",)}
     runs = {name: Run(tmp_path_factory.mktemp(name), given) for name, given in overrides.items()}
-    for run in runs.values():
-        run.start()
+    runs["ray"].start()
+    runs["two"].start()
     for name in ("ray", "two"):
         runs[name].wait_until(lambda run=runs[name]: run.lines, "its first step")
         runs[name].look_at_family()
-    for run in runs.values():
-        run.ends()
+    for name in ("ray", "two"):
+        runs[name].ends()
+    runs["inprocess"].start().ends()
     yield runs
     for run in runs.values():
         run.clean_up()

@@ -31,8 +31,9 @@ def test_the_user_can_mend_it(given, words, new_run):
     _refused(run, words)
 
 
-def test_gpus_where_there_are_none(new_run):
-    run = new_run("trainer.device=cuda", CUDA_VISIBLE_DEVICES="").start()
+@pytest.mark.parametrize("backend", ["inprocess", "ray"])
+def test_gpus_where_there_are_none(backend, new_run):
+    run = new_run("trainer.device=cuda", f"trainer.backend={backend}", CUDA_VISIBLE_DEVICES="").start()
     _refused(run, ["there are 0", "trainer.device=cpu"])
 
 
@@ -40,6 +41,7 @@ def test_gpus_where_there_are_none(new_run):
     ("change", "words"),
     [
         ("trainer.seed=2", ["trainer.seed: saved 1, now 2", "trainer.resume_mode=disable"]),
+        ("actor_rollout_ref.model.lora_rank=4", ["actor_rollout_ref.model.lora_rank: saved 8, now 4"]),
         ("actor_rollout_ref.model.path={base}", ["actor_rollout_ref.model.path: saved "]),
         ("data.train_files={rows}", ["data.train_files: saved "]),
     ],

@@ -55,6 +55,16 @@ def test_a_finished_run_says_so_and_goes_on_when_more_is_asked_for(references, n
     run.equals(references["inprocess"])
 
 
+def test_a_torn_checkpoint_is_passed_over_and_done_again(references, new_run):
+    run = new_run(IN_PROCESS)
+    shutil.copytree(references["inprocess"].directory, run.directory)
+    adapter = run.directory / "global_step_5" / "actor" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1])
+    run.again()
+    assert "global_step_5.pt was passed over: " in run.output
+    run.equals(references["inprocess"])
+
+
 def test_held_by_one_run_stopped_by_a_signal_and_gone_on_with(references, new_run):
     run = new_run(IN_PROCESS)
     run.hold_in("reward", step=3)
@@ -80,17 +90,13 @@ def test_a_signal_before_training_starts_ends_the_run_as_well(new_run):
     assert "Traceback" not in run.output
 
 
-def test_nan_from_the_reward_stops_the_step_and_a_torn_checkpoint_is_passed_over(references, new_run):
+def test_nan_from_the_reward_stops_the_step_before_the_weights_change(references, new_run):
     run = new_run(IN_PROCESS)
     run.stop_at("reward", 3, "nan").start().ends(1)
     assert "error: the reward function returned nan for sample 0 of train:" in run.stderr
     assert run.steps == [1, 2]
     assert run.newest_valid() == 2
-
-    adapter = run.directory / "global_step_2" / "actor" / "adapter_model.safetensors"
-    adapter.write_bytes(adapter.read_bytes()[:-1])  # as if that were not enough
     run.again()
-    assert "global_step_2.pt was passed over: " in run.output
     run.equals(references["inprocess"])
 
 
@@ -116,14 +122,14 @@ def _spoil(weights: Path) -> None:
 
 
 def test_the_weights_and_biases_run_is_kept_over_a_kill(new_run):
-    run = new_run(IN_PROCESS, "trainer.logger=[console,wandb]", "trainer.total_training_steps=3", WANDB_MODE="offline")
+    run = new_run(IN_PROCESS, "trainer.logger=[console,wandb]", WANDB_MODE="offline")
     run.hold_in("reward", step=3)
     run.kill()
     run.ends(-signal.SIGKILL)
     run.leaves_nobody_behind()
     run.again()
-    assert run.steps == [1, 2, 3]
-    run_id = run.trainer_state(3)["wandb_run_id"]
+    assert run.steps == [1, 2, 3, 4, 5]
+    run_id = run.trainer_state(5)["wandb_run_id"]
     assert run_id == run.trainer_state(1)["wandb_run_id"]
     starts = sorted(path.name for path in (run.directory / "wandb").glob("offline-run-*"))
     assert [name.rpartition("-")[2] for name in starts] == [run_id, run_id]

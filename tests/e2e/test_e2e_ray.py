@@ -83,5 +83,8 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(references, n
     run.leaves_nobody_behind()
     assert run.newest_valid() == 1
 
+    # Killed again while both workers compute the update: the call has been handed to them, and the controller waits.
+    run.kill_inside(4, "update_actor", "_wait")
+    assert run.steps == [1, 2, 3]
     run.again()
     run.equals(references["two"])
