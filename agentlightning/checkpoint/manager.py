@@ -15,6 +15,7 @@ from agentlightning.checkpoint import store
 from agentlightning.checkpoint.lock import RunLock
 from agentlightning.checkpoint.record import list_records
 from agentlightning.checkpoint.retention import (
+    RetentionPolicy,
     name_of,
     prune,
     remove_leftovers,
@@ -96,7 +97,7 @@ class CheckpointManager:
         try:
             write_pointer(self.root, step)
             if self.keep is not None:
-                prune(self.root, self.keep, name_of(step))
+                prune(self.root, RetentionPolicy(self.keep), name_of(step))
         except (OSError, CheckpointError) as error:
             return [f"step {step} is saved, but tidying up after it failed: {error}"]
         return []

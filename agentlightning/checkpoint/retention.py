@@ -1,22 +1,68 @@
 """What may go, and what is only moved. A run directory enters, and leaves with fewer checkpoints, never without the last one.
 
-A checkpoint leaves the way it came, backwards: the record is renamed away first, so that no reader sees a directory that
-is being dismantled, and a process that dies in between leaves names that `remove_leftovers` knows. The caller holds the lock.
+What stays is decided from the disk alone, so that a run that was started again knows what its earlier starts wrote: the steps
+and metrics are in the records, and `verified.json` remembers which ones were read back and found good. A checkpoint leaves
+the way it came, backwards: the record is renamed away first, so that no reader sees a directory that is being dismantled, and
+a process that dies in between leaves names that `remove_leftovers` knows. The caller holds the lock.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from agentlightning.checkpoint.files import LEFTOVER, entries, fsync_directory, remove, replace_file, temporary
 from agentlightning.checkpoint.manifest import is_whole
-from agentlightning.checkpoint.record import RECORD_SUFFIX, list_records, record_path
+from agentlightning.checkpoint.record import RECORD_SUFFIX, CheckpointRecord, list_records, record_path
+from agentlightning.errors import CheckpointError
 
 POINTER = "latest_checkpointed_iteration.txt"
+VERIFIED = "verified.json"
+METRICS = "metrics"  # in a record's extra: what the step measured, name to number; the policy chooses the best by one of them
+KEEP_KEY, BEST_KEY, EVERY_KEY = "trainer.max_actor_ckpt_to_keep", "trainer.keep_best_by", "trainer.keep_every"
 _STEP_NAME = re.compile(r"global_step_(\d+)")
 _ASIDE = re.compile(r"aside-(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionPolicy:
+    """Which checkpoints stay: those that any of the three names. Example: `RetentionPolicy(3, "val-core/gsm8k/acc/mean@1")`.
+
+    CheckpointError, with the override that mends it, for a number below 1 or an empty metric.
+    """
+
+    keep: int | None = None  # the newest so many; None keeps all, whatever the others say
+    best_by: str | None = (
+        None  # the metric whose best value stays: the largest, or the smallest of one written with a leading "-"
+    )
+    every: int | None = None  # steps that are multiples of this stay for good
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep < 1:
+            raise CheckpointError(f"{KEEP_KEY}={self.keep}; expected at least 1, or null to keep all")
+        if self.every is not None and self.every < 1:
+            raise CheckpointError(f"{EVERY_KEY}={self.every}; expected at least 1, or null to keep none for its step")
+        if self.best_by is not None and not self.metric:
+            raise CheckpointError(f"{BEST_KEY}={self.best_by}; expected a metric's name, or null to keep none for its metric")
+
+    @property
+    def metric(self) -> str | None:
+        """The name of the metric, without its sign."""
+        return None if self.best_by is None else self.best_by.removeprefix("-")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A whole checkpoint of ours and why it stays; without a reason it goes at the next prune."""
+
+    name: str
+    step: int
+    reasons: tuple[str, ...]  # ("newest 3", "best by val-core/gsm8k/acc/mean@1", "every 10", "last verified")
 
 
 def name_of(step: int) -> str:
@@ -80,21 +126,108 @@ def remove_leftovers(root: Path, names: Iterable[str] | None = None) -> list[str
     return removed
 
 
-def prune(root: Path, keep: int, just_saved: str) -> list[str]:
-    """Discard all but the newest `keep` checkpoints (by step) of this run; returns the names that went.
+def _whole(root: Path) -> list[CheckpointRecord]:
+    """The checkpoints that retention is about, newest first: of this layout, under their own name, with the files' sizes right.
 
-    `just_saved` never goes: it is the one that is known to be good.
-    Only checkpoints that this layout wrote under their own name count, and only whole ones (sizes as in the manifest): a torn
-    one neither pushes a good one out nor is deleted.
+    A torn one neither pushes a good one out nor is deleted, and neither is anything that another loop wrote.
     """
-    if keep < 1:
-        raise ValueError(f"keep is {keep}, expected at least 1: the last checkpoint is never removed")
-    ours = [
-        record.name
+    return [
+        record
         for path, record in list_records(root)[0]
         if record.digest is not None and path.stem == record.name and is_whole(root / record.name)
     ]
-    if going := [name for name in ours[keep:] if name != just_saved]:
+
+
+def metric_of(record: CheckpointRecord, metric: str) -> float | None:
+    """What the record says of a metric; None where it says nothing that can be compared (no number, or NaN)."""
+    metrics = record.extra.get(METRICS)
+    value = metrics[metric] if isinstance(metrics, dict) and metric in metrics else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+        return None
+    return float(value)
+
+
+def _best(records: Sequence[CheckpointRecord], policy: RetentionPolicy) -> str | None:
+    """The best by the policy's metric, the newest of equals; None without a metric or where no record has it."""
+    if policy.best_by is None or policy.metric is None:
+        return None
+    sign = -1.0 if policy.best_by.startswith("-") else 1.0
+    scores = {record.name: value for record in records if (value := metric_of(record, policy.metric)) is not None}
+    return max(scores, key=lambda name: sign * scores[name], default=None)
+
+
+def _marks(root: Path) -> dict[str, dict[str, str]]:
+    """`verified.json` as `mark_verified` wrote it; what is torn or somebody else's counts as empty.
+
+    OSError if it is there and cannot be read: not knowing what was verified is no reason to remove it.
+    """
+    try:
+        value = json.loads((root / VERIFIED).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    marks = value if isinstance(value, dict) else {}
+    return {name: mark for name, mark in marks.items() if _is_mark(mark)}
+
+
+def _is_mark(value: object) -> bool:
+    return isinstance(value, dict) and set(value) == {"digest", "at"} and all(isinstance(text, str) for text in value.values())
+
+
+def mark_verified(root: Path, name: str, digest: str) -> None:
+    """Remember that every byte of the checkpoint `name` was read and found as its manifest, of this digest, says.
+
+    Marks of checkpoints that are gone are dropped. OSError if the directory cannot be written.
+    """
+    marks = {known: mark for known, mark in _marks(root).items() if record_path(root, known).exists()}
+    marks[name] = {"digest": digest, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    replace_file(root / VERIFIED, (json.dumps(marks, indent=2) + "\n").encode())
+
+
+def verified_at(root: Path, records: Iterable[CheckpointRecord]) -> dict[str, str]:
+    """Name to time of those that were verified. A mark holds for one digest, not for the name."""
+    marks = _marks(root)
+    return {
+        record.name: marks[record.name]["at"]
+        for record in records
+        if record.digest is not None and record.name in marks and marks[record.name]["digest"] == record.digest
+    }
+
+
+def last_verified(root: Path, records: Iterable[CheckpointRecord]) -> str | None:
+    """The newest of `records`, by step, that was verified."""
+    known = list(records)
+    verified = verified_at(root, known)
+    steps = {record.name: record.step for record in known if record.name in verified}
+    return max(steps, key=lambda name: steps[name], default=None)
+
+
+def reasons_to_keep(root: Path, policy: RetentionPolicy) -> list[Kept]:
+    """Every whole checkpoint of this run, newest first, with what keeps it. Nothing changes, and no tensor is read."""
+    records = _whole(root)
+    best, verified = _best(records, policy), last_verified(root, records)
+    kept: list[Kept] = []
+    for age, record in enumerate(records):
+        reasons = {
+            "all are kept": policy.keep is None,
+            f"newest {policy.keep}": policy.keep is not None and age < policy.keep,
+            f"best by {policy.best_by}": record.name == best,
+            f"every {policy.every}": policy.every is not None and record.step % policy.every == 0,
+            "last verified": record.name == verified,
+        }
+        kept.append(Kept(record.name, record.step, tuple(reason for reason, holds in reasons.items() if holds)))
+    return kept
+
+
+def prune(root: Path, policy: RetentionPolicy, just_saved: str | None, dry_run: bool = False) -> list[str]:
+    """Discard what no part of the policy keeps; returns the names that went, or with `dry_run` that would go.
+
+    Three never go: the newest, the last verified one, and `just_saved`, which is known to be good even where going back has
+    left it with a lower step than others. See `_whole` for what is looked at.
+    """
+    if policy.keep is None:
+        return []
+    going = [kept.name for kept in reasons_to_keep(root, policy) if not kept.reasons and kept.name != just_saved]
+    if going and not dry_run:
         discard(root, going)
     return going
 
