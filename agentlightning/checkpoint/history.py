@@ -132,9 +132,9 @@ class RunHistory:
         if kind == "start":
             self._attempts.append(_Attempt(number, began=float(at), last=float(at)))
             return
-        # The latest of that number: a count that began anew after a lost file gives one number twice.
-        known = next((attempt for attempt in reversed(self._attempts) if attempt.number == number), None)
-        if known is None or known.how is not None:
+        # The latest of that number without an end: a count that began anew after a lost lease gives one number twice.
+        known = next((one for one in reversed(self._attempts) if one.number == number and one.how is None), None)
+        if known is None:
             return
         how = event.get("how")
         if kind == "restart":

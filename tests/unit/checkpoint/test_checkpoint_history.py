@@ -148,6 +148,18 @@ def test_a_number_that_comes_twice_is_two_attempts(tmp_path: Path) -> None:
     assert RunHistory(tmp_path, clock).summary() == FailureSummary(2, 20.0)
 
 
+def test_an_end_is_written_once_also_if_a_number_came_twice(tmp_path: Path) -> None:
+    starts = [{"event": "start", "attempt": 1, "at": T0}, {"event": "start", "attempt": 1, "at": T0 + 50}]
+    (tmp_path / HISTORY_FILE).write_text("".join(json.dumps(event) + "\n" for event in starts))
+    clock = Clock(T0 + 100)
+    RunHistory(tmp_path, clock).begin(2, previous_died_at=None)
+    RunHistory(tmp_path, clock).begin(3, previous_died_at=None)
+    assert [(line["event"], line["attempt"]) for line in lines(tmp_path)[2:]] == [
+        *[("end", 1), ("end", 1), ("start", 2)],
+        *[("end", 2), ("start", 3)],
+    ]
+
+
 def test_torn_at_any_byte_it_is_read_and_goes_on(tmp_path: Path) -> None:
     clock = Clock()
     history = RunHistory(tmp_path, clock)
