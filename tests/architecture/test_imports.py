@@ -47,6 +47,10 @@ RULES = {  # the longest name that fits a module holds for it
     "workers.critic": Rule((*WORKER_BASICS, "workers.actor", "models", "algorithms", "types", "errors")),
     # models.chat is the tokenizer, which the controller needs as well; the model code stays with the workers.
     "verl": Rule(("verl", "workers", "models.chat", "algorithms", "checkpoint", "types", "errors", VERSION)),
+    # What is done with a run directory from outside; the command line knows the tools and how to start a run.
+    "tools": Rule(("tools", "checkpoint", "verl.plot", "verl.metrics", "verl.tracking", "errors")),
+    "cli": Rule(("tools", "verl.entrypoint", "verl.metrics", "errors", VERSION), ()),
+    "__main__": Rule(("cli",), ()),
 }
 # DESIGN lets only verl/entrypoint import verl/trainer; verl/launch is the entrypoint's heavy half, which it alone may import.
 ONLY_IMPORTER = {"verl.trainer": "verl.launch", "verl.launch": "verl.entrypoint"}
