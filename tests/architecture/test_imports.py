@@ -38,6 +38,7 @@ RULES = {  # the longest name that fits a module holds for it
     "algorithms": Rule(("algorithms",), ("torch",)),
     "checkpoint": Rule(("checkpoint", "errors", VERSION), ("numpy", "safetensors", "xxhash")),
     "checkpoint.record": Rule(("checkpoint", "errors"), ("numpy",), lazy=("torch",)),
+    "checkpoint.remote": Rule(("checkpoint", "errors"), ("numpy",), lazy=("fsspec",)),
     "calculator": Rule(()),
     "models": Rule(("models", "types", "errors")),
     "rollout": Rule(("rollout", "models", "algorithms", "types", "errors")),
