@@ -140,7 +140,7 @@ class Ours:
         tokenizer = load_tokenizer(self.config.actor_rollout_ref.model.path)
         self.data = PromptDataset.from_config(self.config.data, tokenizer)
         self.placement = choose_placement(self.config, torch.cuda.device_count(), os.cpu_count() or 1)
-        self.group = WorkerGroup(InProcess(worker_settings(self.config, self.placement, total_steps=1)))
+        self.group = WorkerGroup(InProcess(worker_settings(self.config, self.placement, total_steps=1), lambda: None))
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         self.plan = MiniBatchPlan(
             actor.ppo_mini_batch_size, rollout.n, actor.ppo_epochs, actor.shuffle, float(self.config.data.max_response_length)

@@ -5,18 +5,20 @@ Importing this does not import torch.
 """
 
 from agentlightning.checkpoint.fingerprint import compare_fingerprints
-from agentlightning.checkpoint.lock import RunLock
+from agentlightning.checkpoint.lease import Lease, LeaseLostError
 from agentlightning.checkpoint.manager import CheckpointManager
 from agentlightning.checkpoint.record import CheckpointRecord, read_record, write_record
-from agentlightning.checkpoint.retention import set_aside
+from agentlightning.checkpoint.retention import RetentionPolicy, set_aside
 from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, SavedCheckpoint, find_valid, load, resolve, save
 
 __all__ = [
     "CheckpointFiles",
     "CheckpointManager",
     "CheckpointRecord",
+    "Lease",
+    "LeaseLostError",
     "LoadedCheckpoint",
-    "RunLock",
+    "RetentionPolicy",
     "SavedCheckpoint",
     "compare_fingerprints",
     "find_valid",

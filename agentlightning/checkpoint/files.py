@@ -10,7 +10,11 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+
+Buffer = bytes | bytearray | memoryview  # of bytes: of an array of another type it is `array.view(np.uint8).data`
+BLOCK = 8 << 20  # bytes written or read at a time: large enough to be fast, small enough that other threads get their turn
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -31,14 +35,38 @@ def entries(directory: Path) -> list[str]:
         return []
 
 
-def write_new(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write and fsync a file that must not exist yet. A failed fsync raises: the bytes may not be there after a power cut."""
+def write_new(path: Path, *pieces: Buffer, update: Callable[[memoryview], object] | None = None) -> None:
+    """Write `pieces` one after the other into a file that must not exist yet, and fsync it.
+
+    `update` sees each block once it was written, while it is still in the processor's cache. A failed fsync raises: the bytes
+    may not be there after a power cut.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        rest = memoryview(data)
-        while len(rest):  # one write moves at most 2 GiB
-            rest = rest[os.write(descriptor, rest) :]
+        for piece in pieces:
+            rest = memoryview(piece)
+            while len(rest):
+                written = os.write(descriptor, rest[:BLOCK])
+                if update is not None:
+                    update(rest[:written])
+                rest = rest[written:]
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_into(path: Path, buffer: memoryview, update: Callable[[memoryview], object]) -> int:
+    """Fill `buffer` from a file, `update` seeing each block; returns how many bytes the file gave, one more if it is longer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < len(buffer):
+            count = os.readv(descriptor, [buffer[done : done + BLOCK]])
+            if not count:
+                return done
+            update(buffer[done : done + count])
+            done += count
+        return done + len(os.read(descriptor, 1))
     finally:
         os.close(descriptor)
 

@@ -157,19 +157,14 @@ class Lease:
     def committing(self) -> Iterator[None]:
         """Around the steps that make a checkpoint count: LeaseLostError, before any of them, if the lease is not ours any more.
 
-        A directory or lease file that somebody removed is made again. CheckpointError if the file cannot be read or made.
+        A directory or lease file that somebody removed is made again. OSError if the file cannot be read or made: then it
+        is not known whose the directory is.
         """
         if os.getpid() != self._pid:
             raise CheckpointError(f"the lease on {self._root} belongs to process {self._pid}; save there, not in a fork of it")
         with self._commit:
             with self._guard:
-                try:
-                    self._confirm()
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{self._path} cannot be read or made again ({error.strerror}), so it is not known whether the run "
-                        "directory is still this run's; mend it, or give another with trainer.default_local_dir=DIR"
-                    ) from error
+                self._confirm()
             yield
 
     def release(self) -> None:

@@ -14,18 +14,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from agentlightning.checkpoint import layout
 from agentlightning.checkpoint import manifest as manifests
-from agentlightning.checkpoint.files import entries, fsync_directory, temporary, write_new
-from agentlightning.checkpoint.manifest import MANIFEST, check_relative, digest, encode_json
+from agentlightning.checkpoint.files import Buffer, entries, fsync_directory, temporary, write_new
+from agentlightning.checkpoint.manifest import MANIFEST, FileEntry, check_relative, encode_json, write_file
 from agentlightning.checkpoint.record import (
     RECORD_SUFFIX,
     CheckpointRecord,
@@ -43,6 +43,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class PartWriter(Protocol):
+    """Writes tensor files of a checkpoint that somebody else holds: snapshots of one or many workers."""
+
+    @property
+    def bytes(self) -> int:
+        """About how many it will write."""
+        ...
+
+    def __call__(self, staging: Path, algorithm: str) -> Mapping[str, FileEntry]:
+        """Write the files below `staging`, durable on return, and say what they are by relative path."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
     """All that one checkpoint holds.
@@ -51,6 +64,7 @@ class CheckpointFiles:
     """
 
     tensors: Mapping[str, Mapping[str, np.ndarray]]  # path ending in .safetensors -> tensor name -> array, whole, any shape
+    parts: PartWriter | None = field(default=None, kw_only=True)  # further tensor files
     json: Mapping[str, Any] = field(default_factory=dict)  # path ending in .json -> plain values with string keys
     fingerprint: Mapping[str, Any] = field(default_factory=dict)  # see fingerprint.py
     extra: Mapping[str, Any] = field(default_factory=dict)  # plain values kept in the record itself
@@ -91,37 +105,49 @@ class LoadedCheckpoint:
         return self.manifest["fingerprint"]
 
 
-def _encode(files: CheckpointFiles) -> dict[str, bytes]:
+def _encode(files: CheckpointFiles) -> dict[str, list[Buffer]]:
+    """What is to be written, by relative path, before the first byte is: a mistake in it costs nothing then."""
     for relative in (*files.tensors, *files.json):
         suffix = ".safetensors" if relative in files.tensors else ".json"
         if not check_relative(relative).endswith(suffix):
             raise ValueError(f"{relative!r} must end with {suffix}")
-    contents = {
-        relative: safetensors.numpy.save(
-            {name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata={"format": "pt"}
-        )
-        for relative, arrays in files.tensors.items()
-    }
+    contents = {relative: _safetensors(arrays) for relative, arrays in files.tensors.items()}
     for relative, value in files.json.items():
         try:
-            contents[relative] = encode_json(value)
+            contents[relative] = [encode_json(value)]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{relative} holds something that is no plain value: {error}") from error
     return contents
 
 
-def save(root: Path, name: str, step: int, files: CheckpointFiles) -> SavedCheckpoint:
+def _safetensors(arrays: Mapping[str, np.ndarray]) -> list[Buffer]:
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    plan = layout.Layout.of({name: (array.dtype, array.shape) for name, array in whole.items()})
+    return [plan.header, *(whole[name].reshape(-1).view(np.uint8).data for name in plan.slots)]
+
+
+def save(
+    root: Path,
+    name: str,
+    step: int,
+    files: CheckpointFiles,
+    *,
+    algorithm: str = "xxh3_128",
+    committing: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> SavedCheckpoint:
     """Commit `files` as the checkpoint `name` of the run directory `root`; it is durable when this returns.
 
-    Raises CheckpointError, with the path and the bytes that were missing, if the file system refused anything: then there is no
-    new checkpoint, and those before are as they were. Nothing is written over: a directory of that name without a record is
-    moved aside, a committed checkpoint of that name is an error.
+    The record gets its name inside `committing()`, which may raise to forbid it (a lost lease). Raises CheckpointError, with
+    the path and the bytes that were missing, if the file system refused anything: then there is no new checkpoint, and
+    those before are as they were. Nothing is written over: a directory of that name without a record is moved aside, a
+    committed checkpoint of that name is an error.
     """
     started = time.perf_counter()
     if not _NAME.fullmatch(name):
         raise ValueError(f"a checkpoint cannot be named {name!r}; use letters, digits, '.', '_' and '-'")
     contents = _encode(files)
-    needed = sum(map(len, contents.values()))
+    needed = sum(memoryview(piece).nbytes for pieces in contents.values() for piece in pieces)
+    needed += files.parts.bytes if files.parts is not None else 0
     try:
         root.mkdir(parents=True, exist_ok=True)
         if record_path(root, name).exists():
@@ -132,7 +158,7 @@ def save(root: Path, name: str, step: int, files: CheckpointFiles) -> SavedCheck
         if (root / name).exists():
             move_aside(root, [root / name])
         try:
-            path, size = _commit(root, name, step, files, contents)
+            path, size = _commit(root, name, step, files, contents, algorithm, committing)
         except BaseException:
             # Half a checkpoint must not look like one, and its bytes may be what fills the disk. If this fails too,
             # the next start finds what is left by its name.
@@ -144,34 +170,63 @@ def save(root: Path, name: str, step: int, files: CheckpointFiles) -> SavedCheck
     return SavedCheckpoint(path, name, step, size, time.perf_counter() - started)
 
 
-def _commit(root: Path, name: str, step: int, files: CheckpointFiles, contents: Mapping[str, bytes]) -> tuple[Path, int]:
+def _commit(
+    root: Path,
+    name: str,
+    step: int,
+    files: CheckpointFiles,
+    contents: Mapping[str, Sequence[Buffer]],
+    algorithm: str,
+    committing: Callable[[], AbstractContextManager[None]],
+) -> tuple[Path, int]:
     staging = temporary(root, name)
     staging.mkdir()
-    size, seal = _stage(staging, name, step, files, contents)
-    sampler = f"{name}/{PurePosixPath(SAMPLER_FILE).parent}" if SAMPLER_FILE in files.tensors else None
+    written = {**_write_parts(staging, files, algorithm), **_write_contents(staging, contents, algorithm)}
+    size, seal = _seal(staging, name, step, files, written)
+    sampler = f"{name}/{PurePosixPath(SAMPLER_FILE).parent}" if SAMPLER_FILE in written else None
     staged_record = stage_record(root, CheckpointRecord(name, step, step, name, sampler, seal, files.extra))
     fsync_directory(root)
     staging.rename(root / name)
     fsync_directory(root)
-    commit_record(staged_record, root, name)
+    with committing():
+        commit_record(staged_record, root, name)
     return root / name, size
 
 
-def _stage(staging: Path, name: str, step: int, files: CheckpointFiles, contents: Mapping[str, bytes]) -> tuple[int, str]:
-    """Write everything into `staging`, durably. Returns the bytes written and the manifest's digest."""
-    written: dict[str, tuple[int, str]] = {}
-    folders = {staging}
-    for relative, data in contents.items():
+def _write_parts(staging: Path, files: CheckpointFiles, algorithm: str) -> dict[str, FileEntry]:
+    """What others hold and write. They may sit on other hosts: what cannot be seen from here would not be a checkpoint."""
+    if files.parts is None:
+        return {}
+    written = dict(files.parts(staging, algorithm))
+    for relative, entry in written.items():
+        path = staging / check_relative(relative)
+        if not path.is_file() or path.stat().st_size != entry.size:
+            raise CheckpointError(
+                f"a worker wrote {relative} ({entry.size:,} bytes), but it is not in {staging}; the run directory must be on a "
+                "file system that all hosts share, or a URL: trainer.default_local_dir=DIR"
+            )
+    return written
+
+
+def _write_contents(staging: Path, contents: Mapping[str, Sequence[Buffer]], algorithm: str) -> dict[str, FileEntry]:
+    written: dict[str, FileEntry] = {}
+    for relative, pieces in contents.items():
         path = staging / relative
         path.parent.mkdir(parents=True, exist_ok=True)
-        folders.update(parent for parent in path.parents if parent.is_relative_to(staging))
-        write_new(path, data)
-        written[relative] = (len(data), digest(data))
+        written[relative] = write_file(path, pieces, algorithm)
+    return written
+
+
+def _seal(staging: Path, name: str, step: int, files: CheckpointFiles, written: Mapping[str, FileEntry]) -> tuple[int, str]:
+    """Write the manifest and make every entry in every folder durable. Returns all bytes and the manifest's digest."""
     text, seal = manifests.build(name, step, written, files.fingerprint, files.extra)
     write_new(staging / MANIFEST, text)
+    folders = {staging} | {
+        parent for relative in written for parent in (staging / relative).parents if parent.is_relative_to(staging)
+    }
     for folder in sorted(folders, reverse=True):  # the innermost first
         fsync_directory(folder)
-    return sum(size for size, _ in written.values()) + len(text), seal
+    return sum(entry.size for entry in written.values()) + len(text), seal
 
 
 def _refused(root: Path, name: str, needed: int, error: OSError) -> str:
@@ -193,15 +248,15 @@ def _verify_and_parse(directory: Path, expected_digest: str | None) -> tuple[dic
         if expected_digest is not None and manifest["digest"] != expected_digest:
             raise CheckpointError("the directory is not the one that its record was written for")
         contents = manifests.verified_bytes(directory, manifest)
-        tensors = {
-            relative: safetensors.numpy.load(data) for relative, data in contents.items() if relative.endswith(".safetensors")
-        }
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory} cannot be read ({error.strerror})") from error
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
-        raise CheckpointError(f"a file is no safetensors file of numpy arrays ({error})") from error
+    tensors = {
+        relative: layout.views(relative, data) for relative, data in contents.items() if relative.endswith(".safetensors")
+    }
     json = {
-        relative: manifests.decode_json(relative, data) for relative, data in contents.items() if relative.endswith(".json")
+        relative: manifests.decode_json(relative, data.data)
+        for relative, data in contents.items()
+        if relative.endswith(".json")
     }
     return manifest, tensors, json
 
@@ -239,15 +294,21 @@ def _record_of(directory: Path) -> CheckpointRecord:
     return CheckpointRecord(manifest["name"], step, step, str(directory), sampler, manifest["digest"], manifest["extra"])
 
 
-def find_valid(root: Path) -> LoadedCheckpoint | None:
+def _here(record: CheckpointRecord) -> None:
+    """A checkpoint of a local directory needs no preparation."""
+
+
+def find_valid(root: Path, prepare: Callable[[CheckpointRecord], None] = _here) -> LoadedCheckpoint | None:
     """The newest checkpoint of a run directory that is as it was saved; None if the directory holds none at all.
 
-    Newest by the step in the record. Those passed over are in `.skipped` with the reason. CheckpointError, naming them all, if
+    Newest by the step in the record. `prepare` may fetch a checkpoint before it is read; a CheckpointError of it counts as one
+    of the checkpoint. Those passed over are in `.skipped` with the reason. CheckpointError, naming them all, if
     there are some and none is good: starting from scratch must be asked for.
     """
     readable, skipped = list_records(root)
     for path, record in readable:
         try:
+            prepare(record)
             return replace(_read(Path(record.state_path), record), skipped=tuple(skipped))
         except CheckpointError as error:
             skipped.append((path.name, str(error)))

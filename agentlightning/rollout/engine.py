@@ -47,6 +47,7 @@ class DecodeLoop:
     renderer: ChatRenderer
     max_num_seqs: int
     tool: Tool | None = None
+    check: Callable[[], None] | None = None  # called before each token; what it raises ends the call
 
     @torch.no_grad()
     def generate(
@@ -134,6 +135,8 @@ class _Generation:
 
     def run(self) -> None:
         while self.waiting or len(self.rows):
+            if self.engine.check is not None:
+                self.engine.check()
             self._admit()
             self._read_long_observations()
             self._decode()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from agentlightning.checkpoint.preemption import Preemption
 from agentlightning.errors import ConfigError
 from agentlightning.types import LoraShape, MicroBatches
 from agentlightning.verl.rules import check_world_size
@@ -65,7 +66,7 @@ def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
     return Placement(asked, device, trainer.num_threads or max(1, cores // per_node))
 
 
-def place_workers(config: Config) -> tuple[Placement, RayWorkers | None]:
+def place_workers(config: Config, run_dir: Path, stop: Preemption) -> tuple[Placement, RayWorkers | None]:
     """Decide how many workers, and with Ray start their processes, which begin to import at once. Ray is running already."""
     cores = os.cpu_count() or 1
     if config.trainer.backend == "inprocess":
@@ -75,19 +76,23 @@ def place_workers(config: Config) -> tuple[Placement, RayWorkers | None]:
     from agentlightning.workers.ray_backend import RayWorkers, cluster_gpus
 
     placement = choose_placement(config, cluster_gpus(), cores)
-    log_dir = Path(config.trainer.default_local_dir).resolve() / "logs"
-    return placement, RayWorkers(placement.world_size, 1 if placement.device == "cuda" else 0, 1, log_dir)
+    return placement, RayWorkers(placement.world_size, 1 if placement.device == "cuda" else 0, 1, run_dir / "logs", stop)
 
 
-def load_workers(config: Config, placement: Placement, workers: RayWorkers | None, total_steps: int) -> WorkerGroup:
-    """Load the model on the placed workers."""
+def load_workers(
+    config: Config, placement: Placement, workers: RayWorkers | None, total_steps: int, witness: Path, stop: Preemption
+) -> WorkerGroup:
+    """Load the model on the placed workers. `witness` is a file in the run directory, by which they find it."""
     from agentlightning.workers.group import InProcess, WorkerGroup
 
     settings = worker_settings(config, placement, total_steps)
     if workers is None:
-        return WorkerGroup(InProcess(settings))
-    workers.build(settings)
-    return WorkerGroup(workers)
+        group = WorkerGroup(InProcess(settings, stop.check))
+    else:
+        workers.build(settings)
+        group = WorkerGroup(workers)
+    group.choose_writers(witness)
+    return group
 
 
 def worker_settings(config: Config, placement: Placement, total_steps: int) -> WorkerSettings:

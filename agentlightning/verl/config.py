@@ -227,8 +227,8 @@ def _worded_key(key: str, details: Sequence[ErrorDetails], known: Sequence[str],
     given = details[0]["input"]
     if details[0]["type"] == "missing" and len(details[0]["loc"]) == key.count(".") + 1:
         return f"{key}: not given; set it with {key}={_as_override(_lookup(defaults, key))}"
-    # A value that fits one member of a union but is out of its range is told about the range, not about the other types.
-    ranged = [detail for detail in details if not detail["type"].endswith("_type")] or list(details)
+    # A value that fits one member of a union but is out of its range is told about the range, not about the other members.
+    ranged = [d for d in details if d["type"] != "literal_error" and not d["type"].endswith("_type")] or list(details)
     expected = dict.fromkeys(_PLAIN_WORDS.get(detail["type"], _message(detail)) for detail in ranged)
     mended = _as_override(_lookup(defaults, key))
     return f"{key}: given {_shown(given)}, expected {' or '.join(expected)}; mend it with {key}={mended} (the default)"

@@ -7,6 +7,7 @@ where it would not.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
     model, actor, trainer = config.actor_rollout_ref.model, config.actor_rollout_ref.actor, config.trainer
     breaking: dict[str, Any] = {
         "actor_rollout_ref.model.path": _model_identity(model.path),
+        "tokenizer": _tokenizer_identity(model.path),
         "actor_rollout_ref.model.lora_rank": model.lora_rank,
         "actor_rollout_ref.model.lora_alpha": model.lora_alpha,
         "actor_rollout_ref.model.target_modules": model.target_modules,
@@ -51,7 +53,8 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
         "actor_rollout_ref.rollout.n": config.actor_rollout_ref.rollout.n,
         "actor_rollout_ref.rollout.temperature": config.actor_rollout_ref.rollout.temperature,
         "algorithm": config.algorithm.model_dump(mode="json"),
-        "trainer.num_threads": trainer.num_threads,
+        # Sums of floats differ with the number of threads: a run that goes on with another one is not the same to the last bit.
+        "trainer.num_threads": trainer.num_threads or f"{os.cpu_count()} cores",
         "trainer.n_gpus_per_node": trainer.n_gpus_per_node,
     }
     return {"breaking": breaking, "harmless": harmless}
@@ -65,6 +68,17 @@ def _model_identity(path: str) -> str:
     digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
     for file in sorted(directory.glob("*.safetensors")):
         digest.update(f"{file.name}:{file.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+def _tokenizer_identity(path: str) -> str:
+    """A digest of what turns messages into tokens; a hub name stands for itself."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return path
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(directory.glob("*token*.json")) + sorted(directory.glob("chat_template*")):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -10,17 +10,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import yaml
 
+from agentlightning.checkpoint.files import replace_file
+from agentlightning.checkpoint.history import Ending
+from agentlightning.checkpoint.lease import LEASE_FILE
 from agentlightning.checkpoint.manager import CheckpointManager
+from agentlightning.checkpoint.preemption import EXIT_CODE, SIGNALS, Preempted, Preemption
 from agentlightning.checkpoint.store import LoadedCheckpoint
+from agentlightning.errors import WorkerError
 from agentlightning.types import Prompt
 from agentlightning.verl.assembly import Placement, load_workers, place_workers
 from agentlightning.verl.console import Console, Summary, core_validation, make_console
@@ -28,7 +33,7 @@ from agentlightning.verl.data import PromptDataset, load_prompts
 from agentlightning.verl.fingerprint import check_config, check_data, run_fingerprint
 from agentlightning.verl.metrics import SCORE
 from agentlightning.verl.rewards import load_reward
-from agentlightning.verl.rules import derived_sizes
+from agentlightning.verl.rules import derived_sizes, instant
 from agentlightning.verl.schema import Config
 from agentlightning.verl.state import wandb_run_id
 from agentlightning.verl.tracking import METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, Tracking
@@ -41,24 +46,6 @@ if TYPE_CHECKING:
 _RAY_GOODBYE_S = 10.0
 
 
-class _Stop:
-    """The signal that asked the run to end. Kept here because Ray makes a plain KeyboardInterrupt of what a handler raises."""
-
-    number: int = signal.SIGINT
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell shows for a process that the signal ended."""
-        return 128 + self.number
-
-
-_stop = _Stop()
-
-
 @dataclass(frozen=True, slots=True)
 class _Data:
     train: PromptDataset
@@ -66,29 +53,48 @@ class _Data:
 
 
 def launch(config: Config) -> int:
-    """Train as `config` says. Returns 0, or 128 plus the number of the signal that ended the run."""
+    """Train as `config` says. Returns 0, or 75 if the run was asked to leave: the same command goes on then."""
     started = time.monotonic()
-    run_dir = Path(config.trainer.default_local_dir).resolve()
-    checkpoints = CheckpointManager(run_dir, config.trainer.save_freq, config.trainer.max_actor_ckpt_to_keep)
-    with checkpoints, make_console() as console:
-        loaded = _find_checkpoint(checkpoints, config, console)
-        asked = config.trainer.total_training_steps
-        if loaded is not None and asked is not None and loaded.step >= asked:
-            return _already_complete(loaded.step, asked, run_dir, console)
-        try:
-            exit_code = _run(config, checkpoints, loaded, run_dir, console, started)
-        except KeyboardInterrupt:
-            console.note("stopped before training began; the same command starts it")
-            exit_code = _stop.exit_code
-    if exit_code >= 128 and config.trainer.backend == "ray":
-        _leave_ray(exit_code)
+    trainer = config.trainer
+    stop = Preemption(trainer.max_run_seconds, instant(trainer.must_save_by))
+    stop.install()
+    exit_code = 1
+    try:
+        exit_code = _hold_directory_and_run(config, stop, started)
+    finally:
+        if trainer.backend == "ray":
+            _leave_ray(exit_code)
     return exit_code
 
 
+def _hold_directory_and_run(config: Config, stop: Preemption, started: float) -> int:
+    trainer = config.trainer
+    checkpoints = CheckpointManager(
+        Path(trainer.default_local_dir).resolve(),
+        trainer.save_freq,
+        trainer.max_actor_ckpt_to_keep,
+        best_by=trainer.keep_best_by,
+        keep_every=trainer.keep_every,
+        digest=trainer.checkpoint_digest,
+    )
+    with checkpoints, make_console() as console:
+        loaded = _find_checkpoint(checkpoints, config, console)
+        asked = trainer.total_training_steps
+        if loaded is not None and asked is not None and loaded.step >= asked:
+            return _already_complete(loaded.step, asked, checkpoints.root, console)
+        try:
+            return _run(config, checkpoints, loaded, console, stop, started)
+        except Preempted as reason:
+            console.note(f"stopped before training began ({reason}); the same command starts it")
+            return EXIT_CODE
+
+
 def _leave_ray(exit_code: int) -> None:
+    if "ray" not in sys.modules:  # an error came before Ray did
+        return
     from agentlightning.workers.ray_backend import leave_ray
 
-    if not leave_ray(_RAY_GOODBYE_S):
+    if not leave_ray(_RAY_GOODBYE_S) and exit_code == EXIT_CODE:
         # Whoever stopped us has stopped Ray's processes too; Ray's own exit hook would wait a minute for them and then abort.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -99,22 +105,25 @@ def _run(
     config: Config,
     checkpoints: CheckpointManager,
     loaded: LoadedCheckpoint | None,
-    run_dir: Path,
     console: Console,
+    stop: Preemption,
     started: float,
 ) -> int:
+    run_dir = checkpoints.root
     reward = load_reward(config.custom_reward_function)
     console.phase("starting")
-    data, placement, workers = _load_data_while_ray_starts(config)
+    data, placement, workers = _load_data_while_ray_starts(config, run_dir, stop)
+    stop.check()
     total_steps = config.trainer.total_training_steps or data.train.steps_per_epoch * config.trainer.total_epochs
     if loaded is not None and loaded.step >= total_steps:
         return _already_complete(loaded.step, total_steps, run_dir, console)
     fingerprint = run_fingerprint(config, data.train)
     if loaded is not None:
         check_data(loaded, fingerprint)
-    group = load_workers(config, placement, workers, total_steps)
+    group = load_workers(config, placement, workers, total_steps, run_dir / LEASE_FILE, stop)
     _clear_the_way(checkpoints, config, console)
     tracking = _start_tracking(config, run_dir, loaded)
+    _begin_history(checkpoints, tracking.attempt, console)
     from agentlightning.verl.trainer import AgentLightningTrainer
 
     trainer = AgentLightningTrainer(
@@ -130,6 +139,7 @@ def _run(
         total_steps=total_steps,
         fingerprint=fingerprint,
         facts=_facts(config, placement, run_dir),
+        stop=stop,
     )
     exit_code = _fit(trainer)
     console.done(_summary(trainer, run_dir, exit_code, time.monotonic() - started))
@@ -138,17 +148,65 @@ def _run(
 
 def _fit(trainer: AgentLightningTrainer) -> int:
     """Train, and end what was started, whatever happens."""
-    exit_code = 1
+    exit_code, how = 1, "failed"
     try:
-        trainer.fit()
-        exit_code = 0
-    except KeyboardInterrupt:
-        exit_code = _stop.exit_code
+        exit_code, how = _fit_through_deaths(trainer)
     finally:
         trainer.tracking.finish(exit_code)
-        if exit_code < 128:
+        with _harmless(trainer.console):
+            trainer.checkpoints.history.end(how, trainer.state.global_step)
+        if exit_code != EXIT_CODE:  # the workers of a run that leaves may be in the middle of something: they go with Ray
             trainer.group.close()
     return exit_code
+
+
+def _fit_through_deaths(trainer: AgentLightningTrainer) -> tuple[int, Ending]:
+    """Train; workers that die are started again, a request to leave is answered by a save. The exit code, and how it went."""
+    limit, deaths = trainer.config.trainer.max_restarts, 0
+    try:
+        while True:
+            try:
+                trainer.fit()
+                return 0, "finished"
+            except WorkerError as error:
+                deaths += 1
+                if deaths > limit:
+                    raise
+                trainer.console.warning(f"{error}\nstarting the workers again, {deaths} of trainer.max_restarts={limit}")
+                _start_workers_again(trainer)
+    except Preempted as reason:
+        step = trainer.leave()
+        what = f"the state after step {step} is durable" if step else "no step was finished"
+        trainer.console.note(f"{reason}: {what}; exit code {EXIT_CODE}, the same command goes on")
+        return EXIT_CODE, "preempted"
+
+
+def _start_workers_again(trainer: AgentLightningTrainer) -> None:
+    """New workers in the place of those of which one died, at the last checkpoint."""
+    config, checkpoints = trainer.config, trainer.checkpoints
+    with _harmless(trainer.console):
+        checkpoints.history.worker_died()
+    trainer.group.close()
+    placement, workers = place_workers(config, checkpoints.root, trainer.stop)
+    loaded = checkpoints.load_latest()
+    group = load_workers(config, placement, workers, trainer.total_steps, checkpoints.root / LEASE_FILE, trainer.stop)
+    checkpoints.go_on()
+    trainer.restart(group, loaded)
+
+
+@contextmanager
+def _harmless(console: Console) -> Iterator[None]:
+    """The history of starts only steers how often is saved: a disk that refuses it is no reason to end a run."""
+    try:
+        yield
+    except OSError as error:
+        console.warning(f"attempts.jsonl was not written: {error}")
+
+
+def _begin_history(checkpoints: CheckpointManager, attempt: int, console: Console) -> None:
+    previous = checkpoints.lease.previous
+    with _harmless(console):
+        checkpoints.history.begin(attempt, previous.last_beat if previous is not None else None)
 
 
 def _summary(trainer: AgentLightningTrainer, run_dir: Path, exit_code: int, seconds: float) -> Summary:
@@ -173,7 +231,7 @@ def _summary(trainer: AgentLightningTrainer, run_dir: Path, exit_code: int, seco
 
 def _start_tracking(config: Config, run_dir: Path, loaded: LoadedCheckpoint | None) -> Tracking:
     tree = config.model_dump(mode="json")
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    replace_file(run_dir / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
     return Tracking(
         run_dir,
         logger=config.trainer.logger,
@@ -224,7 +282,7 @@ def _already_complete(step: int, total_steps: int, run_dir: Path, console: Conso
     return 0
 
 
-def _load_data_while_ray_starts(config: Config) -> tuple[_Data, Placement, RayWorkers | None]:
+def _load_data_while_ray_starts(config: Config, run_dir: Path, stop: Preemption) -> tuple[_Data, Placement, RayWorkers | None]:
     """Ray must be started by the main thread (it looks at signals); what torch and the tokenizer need goes on beside it."""
     with ThreadPoolExecutor(max_workers=1) as executor:
         future = executor.submit(_load_data, config)
@@ -233,10 +291,11 @@ def _load_data_while_ray_starts(config: Config) -> tuple[_Data, Placement, RayWo
 
             trainer = config.trainer
             start_ray(config.ray_kwargs.ray_init, cpus=(trainer.n_gpus_per_node or 1) * trainer.nnodes)
-        # Not before: `ray.init` sets a handler of its own, after which a signal aborts whatever uses Ray.
-        signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGINT, _stop)
-        placement, workers = place_workers(config)
+            # Once more: `ray.init` sets a handler of its own, after which a signal aborts whatever uses Ray.
+            stop.install()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        stop.check()
+        placement, workers = place_workers(config, run_dir, stop)
         return future.result(), placement, workers
 
 

@@ -79,8 +79,17 @@ def _module_by_name(name: str) -> ModuleType:
         ) from error
 
 
-def score(function: RewardFunction, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardResult:
-    """Call `function` for each completion, with the last assistant turn as `solution_str`.
+def _nobody_asks() -> None:
+    """Nobody asks to stop between two samples."""
+
+
+def score(
+    function: RewardFunction,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    check: Callable[[], None] = _nobody_asks,
+) -> RewardResult:
+    """Call `function` for each completion, with the last assistant turn as `solution_str`; `check` before each.
 
     `extra_info` is the row's, with `num_turns` and `messages` (the prompt's and the completion's) added. The function returns a
     number, or a dict with "score" and further numbers. Raises `RewardError` with the sample's uid if it raises or if a score is
@@ -90,6 +99,7 @@ def score(function: RewardFunction, prompts: Sequence[Prompt], completions: Sequ
     scores: list[float] = []
     extras: list[Mapping[str, float]] = []
     for completion in completions:
+        check()
         value, extra = _score_one(function, by_uid[completion.uid], completion)
         scores.append(value)
         extras.append(extra)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from agentlightning.errors import ConfigError
@@ -164,6 +165,23 @@ def _resume_is_whole(config: Config) -> str | None:
     return None
 
 
+def instant(given: str | float | None) -> float | None:
+    """`trainer.must_save_by` in seconds since the epoch. ValueError if the text is no ISO 8601 instant."""
+    return datetime.fromisoformat(given).timestamp() if isinstance(given, str) else given
+
+
+def _deadline_is_an_instant(config: Config) -> str | None:
+    given = config.trainer.must_save_by
+    try:
+        instant(given)
+    except ValueError:
+        return (
+            f"trainer.must_save_by: given {given!r}, expected an instant such as 2026-01-31T12:00:00+00:00, or seconds since "
+            "the epoch; mend it with trainer.must_save_by=null, or trainer.max_run_seconds=3600"
+        )
+    return None
+
+
 def _turns_have_a_tool(config: Config) -> str | None:
     turns = config.actor_rollout_ref.rollout.multi_turn
     if turns.enable and turns.tool is None:
@@ -236,6 +254,7 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _groups_are_groups,
     _longest_sample_fits,
     _resume_is_whole,
+    _deadline_is_an_instant,
     _turns_have_a_tool,
     _validation_has_files,
     _never_is_minus_one,

@@ -222,13 +222,19 @@ class TrainerConfig(Section):
     backend: Literal["ray", "inprocess"]
     num_threads: Count | None
     seed: Natural
-    save_freq: EveryOrNever
+    save_freq: EveryOrNever | Literal["auto"]
     test_freq: EveryOrNever
     val_before_train: bool
     critic_warmup: Natural
     resume_mode: Literal["auto", "disable", "resume_path"]
     resume_from_path: Text | Natural | None
     max_actor_ckpt_to_keep: Count | None
+    keep_best_by: Text | None
+    keep_every: Count | None
+    checkpoint_digest: Literal["xxh3_128", "sha256"]
+    max_run_seconds: Positive | None
+    must_save_by: Text | Positive | None  # ISO 8601, or seconds since the epoch
+    max_restarts: Natural
 
 
 class RayKwargs(Section):

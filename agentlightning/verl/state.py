@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint
+from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, PartWriter
 from agentlightning.errors import CheckpointError
 from agentlightning.workers.messages import AdapterState, WorkerState
 
 _ADAPTER = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
-_OPTIMIZER = "optimizer-00000-of-00001.safetensors"
+_OPTIMIZER = "optimizer-"  # -0000i-of-0000n.safetensors: as many files as workers wrote them
 _TRAINER_STATE = "trainer_state.json"
 _VALUE_HEAD = "critic/value_head.safetensors"
 
@@ -38,21 +38,16 @@ class TrainerState:
 
 
 def checkpoint_files(
-    workers: WorkerState, trainer: TrainerState, fingerprint: Mapping[str, Any], extra: Mapping[str, Any]
+    parts: PartWriter,
+    configs: Mapping[str, Mapping[str, Any]],
+    trainer: TrainerState,
+    fingerprint: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> CheckpointFiles:
-    """Everything one checkpoint holds."""
-    tensors: dict[str, Mapping[str, np.ndarray]] = {
-        f"actor/{_ADAPTER}": workers.actor.weights,
-        f"actor/{_OPTIMIZER}": workers.actor.optimizer,
-    }
-    documents: dict[str, Any] = {f"actor/{_CONFIG}": dict(workers.actor.config)}
-    if workers.critic is not None and workers.value_head is not None:
-        tensors |= {f"critic/{_OPTIMIZER}": workers.critic.optimizer, _VALUE_HEAD: workers.value_head}
-        if workers.critic.weights:  # critic.kind=head has no adapter of its own
-            tensors[f"critic/{_ADAPTER}"] = workers.critic.weights
-            documents[f"critic/{_CONFIG}"] = dict(workers.critic.config)
-    documents[_TRAINER_STATE] = {"workers_version": workers.version, **asdict(trainer)}
-    return CheckpointFiles(tensors=tensors, json=documents, fingerprint=fingerprint, extra=extra)
+    """Everything one checkpoint holds: the workers' tensors in `parts`, the adapters' configurations, the trainer's state."""
+    documents: dict[str, Any] = {f"{name}/{_CONFIG}": dict(config) for name, config in configs.items()}
+    documents[_TRAINER_STATE] = {"workers_version": trainer.global_step, **asdict(trainer)}
+    return CheckpointFiles({}, parts=parts, json=documents, fingerprint=fingerprint, extra=extra)
 
 
 def restore(loaded: LoadedCheckpoint, uses_critic: bool) -> tuple[WorkerState, TrainerState]:
@@ -81,5 +76,13 @@ def _adapter(loaded: LoadedCheckpoint, name: str) -> AdapterState:
     return AdapterState(
         config=loaded.json.get(f"{name}/{_CONFIG}", {}),
         weights=loaded.tensors.get(f"{name}/{_ADAPTER}", {}),
-        optimizer=loaded.tensors[f"{name}/{_OPTIMIZER}"],
+        optimizer=_optimizer(loaded, name),
     )
+
+
+def _optimizer(loaded: LoadedCheckpoint, name: str) -> dict[str, np.ndarray]:
+    """The whole state, however many workers wrote it. KeyError if there is none."""
+    parts = [tensors for path, tensors in sorted(loaded.tensors.items()) if path.startswith(f"{name}/{_OPTIMIZER}")]
+    if not parts:
+        raise KeyError(f"{name}/{_OPTIMIZER}*")
+    return {key: tensor for part in parts for key, tensor in part.items()}

@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from agentlightning.algorithms.kl import AdaptiveKLController, FixedKLController
-from agentlightning.checkpoint.manager import CheckpointManager
-from agentlightning.checkpoint.store import LoadedCheckpoint
+from agentlightning.checkpoint.lease import LeaseLostError
+from agentlightning.checkpoint.manager import METRICS, CheckpointManager
+from agentlightning.checkpoint.preemption import Preemption
+from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, PartWriter
+from agentlightning.checkpoint.writer import Outcome
 from agentlightning.errors import CheckpointError, NumericsError
 from agentlightning.types import Batch, Completion, Prompt
 from agentlightning.verl.batching import KLController, MiniBatchPlan, make_batch, rollout_probs_diff, with_advantages
@@ -24,17 +28,27 @@ from agentlightning.verl.data import PromptDataset, batches
 from agentlightning.verl.metrics import (
     ATTEMPT,
     SCORE,
+    VAL_CORE,
     compute_data_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
     compute_validation_metrics,
     tokens_of_phase,
 )
-from agentlightning.verl.rewards import RewardFunction, score
+from agentlightning.verl.rewards import RewardFunction, RewardResult, score
 from agentlightning.verl.schema import AlgorithmConfig, Config
 from agentlightning.verl.state import TrainerState, checkpoint_files, restore
 from agentlightning.verl.tracking import Tracking
 from agentlightning.workers.group import WorkerGroup
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """The last finished step: what its checkpoint holds, with the tensors in a host buffer of the workers."""
+
+    step: int
+    files: CheckpointFiles
+    buffer: int
 
 
 class AgentLightningTrainer:
@@ -55,12 +69,16 @@ class AgentLightningTrainer:
         total_steps: int,
         fingerprint: Mapping[str, Any],
         facts: Sequence[str],
+        stop: Preemption,
     ) -> None:
         self.config, self.group, self.reward = config, group, reward
         self.train_data, self.val_prompts = train_data, val_prompts
         self.checkpoints, self.loaded = checkpoints, loaded
         self.tracking, self.console = tracking, console
-        self.total_steps, self.fingerprint, self.facts = total_steps, fingerprint, facts
+        self.total_steps, self.fingerprint, self.facts, self.stop = total_steps, fingerprint, facts, stop
+        self.adapter_configs = group.adapter_configs()
+        self.finished: _Finished | None = None
+        self.shown_interval = 0
         self.state = TrainerState()
         self.kl_controller = _kl_controller(config.algorithm)
         rollout, actor, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.critic
@@ -80,7 +98,34 @@ class AgentLightningTrainer:
             self.console.note(f"before training: validation {core_validation(before)}")
         self._announce()
         while self.state.global_step < self.total_steps:
+            self.stop.check()
             self._step(self.state.global_step + 1)
+        self._finish_saving()
+
+    def leave(self) -> int:
+        """Make the state after the last finished step durable, however far the present one is; returns that step.
+
+        That state lies in a host buffer, so nothing has to be waited for. Raises `CheckpointError` if it cannot be saved.
+        """
+        step = self.loaded.step if self.loaded is not None else 0
+        if self.finished is not None:
+            step = self.finished.step
+            self._hear_of_saves(self.checkpoints.drain())
+            if not self.checkpoints.is_safe(step):
+                self.checkpoints.start_save(step, self.finished.files, self.finished.buffer)
+        self._finish_saving()
+        self.state.global_step = step
+        return step
+
+    def restart(self, group: WorkerGroup, loaded: LoadedCheckpoint | None) -> None:
+        """Take over workers that know nothing yet; `fit` then goes on from `loaded`, or from the start."""
+        self.group, self.loaded, self.finished = group, loaded, None
+        self.state = TrainerState()
+        self.kl_controller = _kl_controller(self.config.algorithm)
+        self.tracking.attempt += 1
+
+    def _finish_saving(self) -> None:
+        self._hear_of_saves(self.checkpoints.drain())
         if self.checkpoints.failed is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {self.checkpoints.failed}")
 
@@ -113,7 +158,7 @@ class AgentLightningTrainer:
             with self._timer("gen", timing_raw):
                 completions = self._generate(prompts, step)
             with self._timer("reward", timing_raw):
-                rewards = score(self.reward, prompts, completions)
+                rewards = self._score(prompts, completions)
                 batch = make_batch(prompts, completions, rewards.score_B)
             with self._timer("old_log_prob", timing_raw):
                 batch = self._with_old_log_probs(batch, metrics)
@@ -145,6 +190,10 @@ class AgentLightningTrainer:
         return self.group.generate(
             prompts, self.config.train_sampling(), seed=self.config.trainer.seed, step=step, version=self.state.global_step
         )
+
+    def _score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardResult:
+        with self.stop.interrupting():
+            return score(self.reward, prompts, completions, self.stop.check)
 
     def _with_old_log_probs(self, batch: Batch, metrics: dict[str, Any]) -> Batch:
         if not self.needs_old_log_prob:
@@ -185,10 +234,7 @@ class AgentLightningTrainer:
         }
         tokens = tokens_of_phase(batch)
         metrics |= compute_timing_metrics(timing_raw, tokens)
-        if self.checkpoints.should_save(step, is_last):
-            with self._timer("save_checkpoint", timing_raw):
-                self._save_checkpoint(step, metrics)
-            metrics |= compute_timing_metrics({"save_checkpoint": timing_raw["save_checkpoint"]}, {})
+        self._keep(step, is_last, metrics, timing_raw)
         self.tracking.log(step, metrics)
         for phase, count in tokens.items():
             if phase in timing_raw:
@@ -204,7 +250,7 @@ class AgentLightningTrainer:
             extra: dict[str, list[float]] = {}
             for prompts in batches(self.val_prompts, self.config.data.val_batch_size):
                 answered = self.group.generate(prompts, params, seed=self.config.trainer.seed, step=step, version=step)
-                rewards = score(self.reward, prompts, answered)
+                rewards = self._score(prompts, answered)
                 completions += answered
                 scores.append(rewards.score_B)
                 for name, values in rewards.extra.items():
@@ -232,21 +278,64 @@ class AgentLightningTrainer:
         again = f"; {dropped} later steps are done again" if dropped else ""
         self.console.note(f"resumed from {loaded.path}: {self.state.global_step} of {self.total_steps} steps are done{again}")
 
-    def _save_checkpoint(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Make the state after `step` durable."""
+    def _keep(self, step: int, is_last: bool, metrics: dict[str, Any], timing_raw: dict[str, float]) -> None:
+        """Copy the state after `step` into a host buffer, and have it written if it is time.
+
+        The copy is made whether it is time or not: whoever is told to leave in the middle of the next step can save this one.
+        """
+        self._hear_of_saves(self.checkpoints.collect())
+        saving = self.checkpoints.should_save(step, is_last)
+        timer = "save_checkpoint" if saving else "snapshot"
+        with self._timer(timer, timing_raw):
+            buffer = self.checkpoints.free_buffer()
+            copied = time.perf_counter()
+            with self.stop.deferred():
+                parts = self.group.snapshot(buffer)
+                self.finished = _Finished(step, self._checkpoint_files(step, metrics, parts), buffer)
+            if saving:
+                self.checkpoints.start_save(step, self.finished.files, buffer)
+        blocked_s = time.perf_counter() - copied
+        self.checkpoints.observe(timing_raw["step"], blocked_s if saving else None)
+        metrics |= compute_timing_metrics({timer: timing_raw[timer]}, {}) | {"checkpoint/age_s": self.checkpoints.age_s}
+        if saving:
+            metrics["checkpoint/blocked_s"] = timing_raw[timer]
+        last = self.checkpoints.last
+        if last is not None:
+            metrics |= {"checkpoint/bytes": last.bytes, "checkpoint/write_s": last.seconds}
+        choice = self.checkpoints.choice
+        if choice is not None and choice.steps != self.shown_interval:
+            self.shown_interval = choice.steps
+            self.console.note(choice.why)
+
+    def _checkpoint_files(self, step: int, metrics: Mapping[str, Any], parts: PartWriter) -> CheckpointFiles:
         self.state.kl_ctrl = dict(self.kl_controller.state_dict())
         self.state.wandb_run_id = self.tracking.wandb_run_id
         self.state.metrics = {ATTEMPT: self.tracking.attempt, **metrics}
-        files = checkpoint_files(self.group.state(), self.state, self.fingerprint, {"epoch": self.train_data.epoch_of(step)})
-        try:
-            saved = self.checkpoints.save(step, files)
-        except CheckpointError as error:
-            # The checkpoints before are untouched, and the next step tries again: no reason to lose the run.
-            self.console.warning(str(error))
-            return
-        for note in saved.notes:
-            self.console.warning(note)
-        self.console.checkpoint(saved.path, saved.seconds)
+        wanted = (self.config.trainer.keep_best_by or "").removeprefix("-")
+        extra = {
+            "epoch": self.train_data.epoch_of(step),
+            "attempt": self.tracking.attempt,
+            METRICS: {
+                name: float(value)
+                for name, value in metrics.items()
+                if name == wanted or (name.startswith(VAL_CORE) and "/mean@" in name)
+            },
+        }
+        return checkpoint_files(parts, self.adapter_configs, self.state, self.fingerprint, extra)
+
+    def _hear_of_saves(self, outcomes: Sequence[Outcome]) -> None:
+        """Tell what became of earlier saves. Only a lost lease ends the run: another one has the directory."""
+        for outcome in outcomes:
+            if outcome.saved is not None:
+                for note in outcome.saved.notes:
+                    self.console.warning(note)
+                self.console.checkpoint(outcome.saved.path, outcome.saved.seconds)
+                self.stop.expect_save(outcome.saved.seconds)
+            elif isinstance(outcome.error, LeaseLostError):
+                raise outcome.error
+            else:
+                # The checkpoints before are untouched, and the next step tries again: no reason to lose the run.
+                self.console.warning(str(outcome.error))
 
     def _show_rollout(
         self, step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], score_B: np.ndarray

@@ -6,6 +6,8 @@ gradients of micro-batches and of workers simply add up.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -28,8 +30,8 @@ class Actor:
 
     name = "actor"
 
-    def __init__(self, adapters: Adapters, settings: ActorSettings) -> None:
-        self.adapters, self.settings = adapters, settings
+    def __init__(self, adapters: Adapters, settings: ActorSettings, check: Callable[[], None]) -> None:
+        self.adapters, self.settings, self.check = adapters, settings, check
         self.parameters = adapters.parameters[self.name]
         self.optimizer = NamedAdamW(self.parameters, settings.optim)
 
@@ -56,6 +58,7 @@ class Actor:
             self.optimizer.zero_grad()
             sums: dict[str, float] = {}
             for run in training_passes(self.adapters.base, batch, rows, self.settings.micro_batch):
+                self.check()
                 logp_BT = self._backward(run, mini_batch.denominators, sums)
                 new = np.isnan(first_BT[run.rows, 0])
                 first_BT[run.rows[new], : logp_BT.shape[1]] = logp_BT[new]
@@ -105,6 +108,7 @@ class Actor:
         result_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
         entropy_sum = 0.0
         for run in training_passes(self.adapters.base, batch, np.arange(len(batch)), sizes):
+            self.check()
             logp_N, entropy_N = self._log_probs_of(run, entropy_grad=False)
             logp_BT = run.scatter(logp_N).cpu().numpy()
             result_BT[run.rows, : logp_BT.shape[1]] = logp_BT

@@ -6,7 +6,7 @@ actor's detached hidden states (half the cost of an update, and it learns as wel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ class Critic:
 
     name = "critic"
 
-    def __init__(self, adapters: Adapters, settings: CriticSettings) -> None:
-        self.adapters, self.settings = adapters, settings
+    def __init__(self, adapters: Adapters, settings: CriticSettings, check: Callable[[], None]) -> None:
+        self.adapters, self.settings, self.check = adapters, settings, check
         self.adapter = self.name if settings.kind == "adapter" else Actor.name
         self.head = ValueHead(adapters.base.config.hidden_size, adapters.base.device)
         self.head_parameters = {f"value_head.{name}": parameter for name, parameter in self.head.named_parameters()}
@@ -44,6 +44,7 @@ class Critic:
         self.adapters.use(self.adapter)
         values_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
         for run in training_passes(self.adapters.base, batch, np.arange(len(batch)), self.settings.micro_batch):
+            self.check()
             part_BT = run.scatter(self.head(run.hidden_NH)).cpu().numpy()
             values_BT[run.rows, : part_BT.shape[1]] = part_BT
         return values_BT
@@ -62,6 +63,7 @@ class Critic:
             else:
                 runs = _one_pass(batch, mini_batch.rows, states)
             for run in runs:
+                self.check()
                 self._backward(run, mini_batch.denominators, sums)
             metrics.append(sums | self.optimizer.step(training_step, "the value loss (critic/vf_loss)"))
         return metrics
@@ -71,6 +73,7 @@ class Critic:
         """The actor's states [trained tokens, H] of each row."""
         states: list[torch.Tensor] = [torch.empty(0)] * len(batch)
         for run in training_passes(self.adapters.base, batch, np.arange(len(batch)), self.settings.micro_batch):
+            self.check()
             parts = run.hidden_NH.split(run.micro.mask_BT.sum(axis=1).tolist())
             for row, part in zip(run.rows, parts, strict=True):
                 states[row] = part

@@ -7,12 +7,15 @@ and the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from agentlightning.errors import StaleAdapterError
+from agentlightning.checkpoint.manifest import FileEntry
+from agentlightning.errors import CheckpointError, StaleAdapterError
 from agentlightning.types import Batch, Completion, Prompt, SamplingParams
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch, WorkerState
 from agentlightning.workers.settings import WorkerSettings
@@ -32,6 +35,10 @@ class Backend(Protocol):
         """The answer of worker 0, the others left alone."""
         ...
 
+    def call_beside(self, method: str, ranks: Sequence[int], *arguments: Any) -> list[Any]:
+        """The answers of workers `ranks`, from a thread beside the one that the other calls run in."""
+        ...
+
     def close(self) -> None:
         """End the workers."""
         ...
@@ -42,10 +49,10 @@ class InProcess:
 
     world_size = 1
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, check: Callable[[], None]) -> None:
         from agentlightning.workers.worker import Worker  # the controller of a Ray run never needs the model code
 
-        self.worker = Worker(settings)
+        self.worker = Worker(settings, check)
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """See `Backend`."""
@@ -55,8 +62,27 @@ class InProcess:
         """See `Backend`."""
         return getattr(self.worker, method)(*arguments)
 
+    def call_beside(self, method: str, ranks: Sequence[int], *arguments: Any) -> list[Any]:
+        """See `Backend`: the calling thread is not the one that trains."""
+        return [getattr(self.worker, method)(*arguments) for _ in ranks]
+
     def close(self) -> None:
         """Nothing to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotWriter:
+    """Has the workers write what they hold in host buffer `buffer`: the `PartWriter` of a checkpoint."""
+
+    backend: Backend
+    ranks: Sequence[int]
+    buffer: int
+    bytes: int
+
+    def __call__(self, staging: Path, algorithm: str) -> Mapping[str, FileEntry]:
+        """See `PartWriter`."""
+        answers = self.backend.call_beside("write_snapshot", self.ranks, self.buffer, str(staging), algorithm)
+        return {relative: entry for answer in answers for relative, entry in answer.items()}
 
 
 class WorkerGroup:
@@ -65,6 +91,7 @@ class WorkerGroup:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.world_size = backend.world_size
+        self._writers: list[int] = [0]
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int, step: int, version: int
@@ -124,6 +151,31 @@ class WorkerGroup:
     def update_weights(self, version: int) -> None:
         """All engines sample from the present adapter from now on."""
         self._same("update_weights", version)
+
+    def choose_writers(self, witness: Path) -> None:
+        """Those workers write checkpoints that see the file `witness` in the run directory as it is here.
+
+        Raises `CheckpointError` if none does.
+        """
+        text = witness.read_text(errors="replace")
+        self._writers = [rank for rank, sees in enumerate(self._same("sees", str(witness), text)) if sees]
+        if not self._writers:
+            raise CheckpointError(
+                f"none of {self.world_size} workers can see {witness.parent}; the run directory must be on a file system that "
+                "their hosts share with this one: trainer.default_local_dir=DIR"
+            )
+
+    def adapter_configs(self) -> dict[str, dict[str, Any]]:
+        """PEFT's adapter_config.json of `actor` and, where it has an adapter of its own, `critic`."""
+        return self.backend.call_first("adapter_configs")
+
+    def snapshot(self, buffer: int) -> SnapshotWriter:
+        """Copy the state as it is now into host buffer 0 or 1, each writer its share; returns what writes it out later."""
+        place = {rank: writer for writer, rank in enumerate(self._writers)}
+        count = len(self._writers)
+        shares = [(buffer, place.get(rank, 0), count if rank in place else 0) for rank in range(self.world_size)]
+        sizes: list[int] = self.backend.call("snapshot", shares)
+        return SnapshotWriter(self.backend, tuple(self._writers), buffer, sum(sizes))
 
     def state(self) -> WorkerState:
         """Rank 0's state, which is everyone's."""

@@ -76,13 +76,17 @@ class NamedAdamW:
         names = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
         return f"{len(names)} of {len(self.parameters)} parameters are hit, {names[0]} first" if names else "the norm overflows"
 
-    def state(self) -> dict[str, np.ndarray]:
-        """`exp_avg.<name>`, `exp_avg_sq.<name>` float32 and `step.<name>` for every parameter that has been stepped."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`exp_avg.<name>`, `exp_avg_sq.<name>` float32 and `step.<name>` for every parameter that has been stepped: live."""
         return {
-            f"{key}.{name}": value.detach().cpu().numpy().copy()
+            f"{key}.{name}": value
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """A copy of `tensors`."""
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.tensors().items()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over what `state` gave. Raises `CheckpointError` if it belongs to other parameters."""

@@ -6,6 +6,7 @@ exception, or where the process died, the last lines it wrote.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -13,33 +14,41 @@ import signal
 import socket
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from agentlightning.errors import AgentLightningError, ConfigError, WorkerError
+from agentlightning.checkpoint.preemption import SIGNALS, Preemption
+from agentlightning.errors import AgentLightningError, CheckpointError, ConfigError, WorkerError
 from agentlightning.workers.settings import WorkerSettings
 
 _PLACEMENT_TIMEOUT_S = 60.0
 _LOG_LINES = 12
+_BESIDE = "beside"  # Ray's concurrency group for what must answer while a worker computes: saving, and signs of life
+_LOOK_S = 0.2  # how often a wait looks whether the run shall leave
+_PING_S = 10.0
+_GRACE_S = 1.0
+_RAYS_NAMES = ("ray::", "raylet", "gcs_server")
 
 
 class _WorkerActor:
     """The process around a `Worker`. Imports torch when it starts to build, not when Ray looks at the class."""
 
     def __init__(self, log_path: str) -> None:
+        # Ray runs the creation in the main thread, and because there is a concurrency group the methods in others.
         # Threads that wait for each other must not burn the cores that other workers need. Read when torch is loaded, later.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         log = open(log_path, "a", buffering=1)  # noqa: SIM115 - it stays open as long as the process lives
         os.dup2(log.fileno(), 2)
         faulthandler.enable(log)
-        # A scheduler that stops the job signals every process; the controller decides what happens then, not we.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._signalled = _listen_for_signals()
 
     def load_libraries(self) -> None:
         """Import what takes seconds while the controller is still busy with the data."""
@@ -55,6 +64,13 @@ class _WorkerActor:
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self.worker, method)(*arguments)
 
+    def ping(self) -> None:
+        """Answers if the process lives."""
+
+    def wait_for_signal(self) -> int:
+        """The number of the signal that this process was sent; waits until there is one."""
+        return self._signalled.result()
+
     def free_address(self) -> str:
         host = ray.util.get_node_ip_address()
         with closing(socket.socket()) as probe:
@@ -62,15 +78,45 @@ class _WorkerActor:
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
-class RayWorkers:
-    """A group of worker processes. They start to import at once; `build` loads the model and waits for it."""
+def _listen_for_signals() -> Future[int]:
+    """Signals no longer end this process; the first one resolves the future.
 
-    def __init__(self, world_size: int, gpus_per_worker: int, cpus_per_worker: int, log_dir: Path) -> None:
+    A scheduler that stops a job signals every process of it, and what a worker holds may be the only copy of the last step: the
+    controller decides what happens. The main thread of a Ray worker runs no Python while methods run elsewhere, so no handler
+    would ever be called: the number is read from the descriptor that Python writes it to.
+    """
+    signalled: Future[int] = Future()
+    receiving, sending = os.pipe()
+    os.set_blocking(sending, False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `start_ray` blocks them for Ray's own processes
+
+    def listen() -> None:
+        signalled.set_result(os.read(receiving, 1)[0])
+        while os.read(receiving, 1):  # further ones change nothing
+            pass
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    return signalled
+
+
+class RayWorkers:
+    """A group of worker processes. They start to import at once; `build` loads the model and waits for it.
+
+    `stop` is looked at while the controller waits, and told when a worker is sent a signal.
+    """
+
+    def __init__(self, world_size: int, gpus_per_worker: int, cpus_per_worker: int, log_dir: Path, stop: Preemption) -> None:
         self.world_size = world_size
+        self.stop = stop
         self.log_paths = [log_dir / f"worker_{rank}.log" for rank in range(world_size)]
         log_dir.mkdir(parents=True, exist_ok=True)
         self.group = _reserve(world_size, gpus_per_worker, cpus_per_worker)
-        remote = ray.remote(num_gpus=gpus_per_worker, num_cpus=cpus_per_worker)(_WorkerActor)
+        remote = ray.remote(  # pyright: ignore[reportCallIssue] - its stubs do not know concurrency groups
+            num_gpus=gpus_per_worker, num_cpus=cpus_per_worker, concurrency_groups={_BESIDE: 3}
+        )(_WorkerActor)
         self.actors: list[Any] = [
             remote.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
@@ -79,6 +125,7 @@ class RayWorkers:
         ]
         for actor in self.actors:
             actor.load_libraries.remote()
+        threading.Thread(target=self._hear_of_signals, name="worker-signals", daemon=True).start()
 
     def build(self, settings: WorkerSettings) -> None:
         """Load the model on every worker, and connect them if there are several."""
@@ -95,20 +142,56 @@ class RayWorkers:
         """See `Backend`."""
         return self._wait([self.actors[0].call.remote(method, *arguments)])[0]
 
+    def call_beside(self, method: str, ranks: Sequence[int], *arguments: Any) -> list[Any]:
+        """See `Backend`. Not interrupted by `stop`: what is being saved is finished."""
+        beside = [self.actors[rank].call.options(concurrency_group=_BESIDE).remote(method, *arguments) for rank in ranks]
+        try:
+            return ray.get(beside)
+        except RayTaskError as error:
+            cause = error.as_instanceof_cause()
+            raise cause from None
+        except RayError as error:
+            raise CheckpointError(f"a worker died before its part was written: {_first_words(error)}") from None
+
     def close(self) -> None:
         """Kill the workers and give their resources back."""
         for actor in self.actors:
             ray.kill(actor)
         remove_placement_group(self.group)
 
-    def _wait(self, references: Sequence[Any]) -> list[Any]:
+    def _hear_of_signals(self) -> None:
+        """Pass on the first signal that a worker is sent, for as long as the workers live."""
+        signals = [actor.wait_for_signal.options(concurrency_group=_BESIDE).remote() for actor in self.actors]
         try:
+            [first], _ = ray.wait(signals, num_returns=1)
+            self.stop.request(f"{signal.Signals(ray.get(first)).name} to a worker")
+        except RayError:
+            return  # they have gone, or Ray has: nobody is left to be signalled
+
+    def _wait(self, references: Sequence[Any]) -> list[Any]:
+        """The answers; looks at `stop` all the while. The first failure of any worker is raised at once."""
+        pending = list(references)
+        try:
+            while pending:
+                ready, pending = ray.wait(pending, num_returns=1, timeout=_LOOK_S)
+                ray.get(ready)
+                self.stop.check()
             return ray.get(list(references))
         except RayTaskError as error:
+            self._demand_that_all_live(error)
             cause = error.cause
             raise (cause if isinstance(cause, AgentLightningError) else error.as_instanceof_cause()) from None
         except RayActorError as error:
             raise WorkerError(f"a worker died: {_first_words(error)}\n{self._last_words()}") from None
+
+    def _demand_that_all_live(self, error: RayTaskError) -> None:
+        """Raise `WorkerError` if one is dead: what another one says then (a broken connection) is not the cause."""
+        try:
+            ray.get([actor.ping.options(concurrency_group=_BESIDE).remote() for actor in self.actors], timeout=_PING_S)
+        except RayError as dead:
+            raise WorkerError(
+                f"a worker died: {_first_words(dead)}; another one says: {_first_words(error)}\n{self._last_words()}"
+            ) from None
 
     def _last_words(self) -> str:
         """The ends of the workers' logs."""
@@ -135,13 +218,25 @@ def start_ray(init: Mapping[str, Any], cpus: int) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": False,
     }
+    # Ray's processes inherit the mask: a scheduler that signals the whole session must not take the workers away before what
+    # they hold is saved. Signals to this process wait until Ray is up.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     ray.init(**{**defaults, **init})
 
 
 def leave_ray(timeout_s: float) -> bool:
     """Shut down what `start_ray` started. False if Ray did not answer in time, as when a scheduler killed its processes too."""
+    if not ray.is_initialized():
+        return True
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this is not the main thread
+    # A cluster that we joined is not among them.
+    rays = [child for child in psutil.Process().children(recursive=True) if child.name().startswith(_RAYS_NAMES)]
     thread = threading.Thread(target=ray.shutdown, daemon=True)
     thread.start()
+    thread.join(_GRACE_S)
+    for process in rays:  # they do not hear SIGTERM, and Ray would wait for them
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     thread.join(timeout_s)
     return not thread.is_alive()
 

@@ -7,12 +7,16 @@ that enters or leaves is numpy, so that a call costs no more than its bytes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from agentlightning.checkpoint.manifest import FileEntry
+from agentlightning.checkpoint.snapshot import HostSnapshot
 from agentlightning.errors import ConfigError, StaleAdapterError
 from agentlightning.models.adapters import Adapters, MergedCopy
 from agentlightning.models.base import load_base
@@ -24,12 +28,18 @@ from agentlightning.workers.critic import Critic
 from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs, MiniBatch, WorkerState
 from agentlightning.workers.optimizer import load_weights
 from agentlightning.workers.settings import WorkerSettings
+from agentlightning.workers.shards import ADAPTER_FILE, StateTensors, share_of_state
+
+
+def _nobody_asks() -> None:
+    """Nobody asks this worker to stop in the middle of a call."""
 
 
 class Worker:
     """Built from its settings alone; `rank` and `world_size` matter only to `connect`."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, check: Callable[[], None] = _nobody_asks) -> None:
+        """`check` is called between tokens and micro-batches; what it raises ends the call."""
         torch.set_num_threads(settings.num_threads)
         self.settings = settings
         self.device = torch.device(settings.device)
@@ -38,14 +48,16 @@ class Worker:
         plain = MergedCopy.plain_copy(base) if merge else None
         self.adapters = Adapters(base, self._lora_shapes(), settings.seed)
         self.merged = MergedCopy(plain, self.adapters, Actor.name) if plain is not None else None
-        self.actor = Actor(self.adapters, settings.actor)
-        self.critic = Critic(self.adapters, settings.critic) if settings.critic is not None else None
+        self.actor = Actor(self.adapters, settings.actor, check)
+        self.critic = Critic(self.adapters, settings.critic, check) if settings.critic is not None else None
         self.engine: Engine = DecodeLoop(
             model=self.merged.model if self.merged is not None else self.adapters.base,
             renderer=ChatRenderer(load_tokenizer(settings.model_path)),
             max_num_seqs=settings.rollout.max_num_seqs,
             tool=load_tool(settings.rollout.tool) if settings.rollout.tool is not None else None,
+            check=check,
         )
+        self.snapshots = [HostSnapshot(), HostSnapshot()]
         self.version = 0
         self.update_weights(0)
 
@@ -89,8 +101,40 @@ class Worker:
             self.merged.refresh()
         self.version = version
 
+    def sees(self, path: str, text: str) -> bool:
+        """Whether the file at `path` is here too, with the same text: then this worker can write what the controller reads."""
+        try:
+            return Path(path).read_text(errors="replace") == text
+        except OSError:
+            return False
+
+    def adapter_configs(self) -> dict[str, dict[str, Any]]:
+        """PEFT's adapter_config.json of each adapter."""
+        return {name: self.adapters.config_json(name) for name in self.adapters.parameters}
+
+    def snapshot(self, buffer: int, writer: int, writers: int) -> int:
+        """Copy this worker's share of the state into host buffer `buffer`; returns its bytes. `writers=0` copies nothing."""
+        snapshot = self.snapshots[buffer]
+        if writers:
+            snapshot.copy_from(share_of_state(self._state_tensors(), writer, writers))
+        return snapshot.bytes
+
+    def write_snapshot(self, buffer: int, staging: str, algorithm: str) -> dict[str, FileEntry]:
+        """Write what `snapshot` copied, durably. May run in another thread than everything else."""
+        return self.snapshots[buffer].write(Path(staging), algorithm)
+
+    def _state_tensors(self) -> StateTensors:
+        adapters: dict[str, Mapping[str, torch.Tensor]] = {f"actor/{ADAPTER_FILE}": self.actor.parameters}
+        optimizers = {"actor": self.actor.optimizer.tensors()}
+        if self.critic is not None:
+            adapters["critic/value_head.safetensors"] = self.critic.head_parameters
+            if self.critic.adapter_parameters:
+                adapters[f"critic/{ADAPTER_FILE}"] = self.critic.adapter_parameters
+            optimizers["critic"] = self.critic.optimizer.tensors()
+        return StateTensors(adapters, optimizers)
+
     def state(self) -> WorkerState:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps, as a copy."""
         actor = AdapterState(
             self.adapters.config_json(Actor.name), _arrays(self.actor.parameters), self.actor.optimizer.state()
         )

@@ -32,17 +32,20 @@ class Rule:
 
 
 WORKER_BASICS = ("workers.messages", "workers.micro_batch", "workers.optimizer", "workers.settings")
+CHECKPOINT_PARTS = ("checkpoint.snapshot", "checkpoint.manifest", "checkpoint.preemption")
 RULES = {  # the longest name that fits a module holds for it
     "errors": Rule((), ()),
     "types": Rule((), ("numpy",)),
     "algorithms": Rule(("algorithms",), ("torch",)),
-    "checkpoint": Rule(("checkpoint", "errors", VERSION), ("numpy", "safetensors", "xxhash")),
+    "checkpoint": Rule(("checkpoint", "errors", VERSION), ("numpy", "xxhash")),
+    "checkpoint.snapshot": Rule(("checkpoint", "errors"), ("numpy",), lazy=("torch",)),
     "checkpoint.record": Rule(("checkpoint", "errors"), ("numpy",), lazy=("torch",)),
     "checkpoint.remote": Rule(("checkpoint", "errors"), ("numpy",), lazy=("fsspec",)),
     "calculator": Rule(()),
     "models": Rule(("models", "types", "errors")),
     "rollout": Rule(("rollout", "models", "algorithms", "types", "errors")),
-    "workers": Rule(("workers", "rollout", "models", "algorithms", "types", "errors")),
+    # The workers hold the host buffers that a checkpoint is written from, and hear the signals that ask a run to leave.
+    "workers": Rule((*CHECKPOINT_PARTS, "workers", "rollout", "models", "algorithms", "types", "errors")),
     **{name: Rule((*WORKER_BASICS, "models", "algorithms", "types", "errors")) for name in WORKER_BASICS},
     "workers.actor": Rule((*WORKER_BASICS, "models", "algorithms", "types", "errors")),
     "workers.critic": Rule((*WORKER_BASICS, "workers.actor", "models", "algorithms", "types", "errors")),

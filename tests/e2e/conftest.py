@@ -6,6 +6,7 @@ an amount of time; what the time-outs below say is when to give up on a busy mac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -39,7 +40,7 @@ SMALL = (
 )
 IN_PROCESS = "trainer.backend=inprocess"
 # What depends on the machine and not on the run.
-_MEASURED = ("timing_", "perf/", "training/attempt")
+_MEASURED = ("timing_", "perf/", "training/attempt", "checkpoint/")
 
 
 @dataclass
@@ -103,6 +104,14 @@ class Run:
         assert self.process is not None
         os.killpg(self.process.pid, number)
 
+    def signal_everyone(self, number: int) -> None:
+        """What a batch system does: the signal goes to every process of the job, Ray's own and the workers too."""
+        self.look_at_family()
+        for member, _ in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+        self.kill(number)
+
     def clean_up(self) -> None:
         """Whatever a failed test left running."""
         if self.process is not None and self.process.poll() is None:
@@ -127,20 +136,34 @@ class Run:
         self.wait_until(lambda: step in self.steps, f"step {step}")
         return self
 
-    def hold_in(self, where: str, step: int) -> int:
-        """Start the run and wait until it stands in the `where` (reward or tool) of `step`; the id of the process that does."""
+    def hold_in(self, where: str, step: int, durable: bool = True) -> int:
+        """Start the run and wait until it stands in the `where` (reward or tool) of `step`; the id of the process that does.
+
+        With `durable` also until the step before, which is saved behind it, is.
+        """
         self.stop_at(where, step, "hold")
         self.start()
         reached = self.plan.with_suffix(".reached")
         self.wait_until(reached.exists, f"{where} of step {step}")
+        if durable:
+            self.wait_until((self.directory / f"global_step_{step - 1}.pt").exists, f"the checkpoint of step {step - 1}")
         self.look_at_family()
         return int(reached.read_text())
 
     def stop_at(self, where: str, step: int, do: str, inside: tuple[str, ...] = ()) -> Run:
         """See e2e_user_code.py."""
-        after = self.directory / f"global_step_{step - 1}.pt" if step > 1 else self.cwd
         self.plan.with_suffix(".reached").unlink(missing_ok=True)
-        self.plan.write_text(json.dumps({"where": where, "after": str(after), "do": do, "inside": inside}))
+        self.plan.write_text(
+            json.dumps(
+                {
+                    "where": where,
+                    "metrics": str(self.directory / "metrics.jsonl"),
+                    "after": step - 1,
+                    "do": do,
+                    "inside": inside,
+                }
+            )
+        )
         return self
 
     def kill_inside(self, step: int, *functions: str) -> None:
@@ -223,7 +246,7 @@ class Run:
         return {
             str(path.relative_to(self.directory)): (path.stat().st_mtime_ns, path.read_bytes())
             for path in sorted(self.directory.rglob("*"))
-            if path.is_file() and path.name != ".lock"
+            if path.is_file() and path.name != ".lease"
         }
 
 

@@ -1,8 +1,8 @@
 """The reward function and the tool of the runs under test: the calculator's own, with a place where the run can be stopped.
 
 The environment variable AGL_E2E_PLAN names a JSON file, read at every call; where it is not there, nothing happens. It says
-{"where": "reward" | "tool", "after": FILE, "do": "hold" | "kill" | "nan", "inside": [FUNCTION, ...]}: at the first call of the
-reward function or the tool after FILE exists (a checkpoint's record, so the step is known),
+{"where": "reward" | "tool", "metrics": FILE, "after": STEP, "do": "hold" | "kill" | "nan", "inside": [FUNCTION, ...]}: at the
+first call of the reward function or the tool once FILE, metrics.jsonl, has the line of STEP,
 - hold: write this process's id to PLAN.reached and stay here until somebody ends the process or the call,
 - kill: SIGKILL this process once it has entered the functions of `inside`, one after the other (they need not be nested),
 - nan: return NaN as the reward.
@@ -39,13 +39,17 @@ def _carry_out(where: str) -> str | None:
     if not PLAN.exists():
         return None
     plan = json.loads(PLAN.read_text())
-    if plan["where"] != where or not Path(plan["after"]).exists():
+    if plan["where"] != where or _steps_done(Path(plan["metrics"])) < plan["after"]:
         return None
     if plan["do"] == "hold":
         _hold()
     elif plan["do"] == "kill":
         _kill_inside(plan["inside"])
     return plan["do"]
+
+
+def _steps_done(metrics: Path) -> int:
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def _hold() -> None:

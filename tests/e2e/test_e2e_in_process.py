@@ -21,10 +21,10 @@ PPO = (
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
 )
 KILLED_INSIDE = {
-    # in the actor's third optimizer step, and with a checkpoint staged but not committed
-    "head": [(2, ("_update_actor", *["_backward"] * 3)), (4, ("_save_checkpoint", "commit_record"))],
-    # between the critic's update and the actor's, and with a checkpoint committed whose line is not written
-    "adapter": [(3, ("update_critic", "_update_actor", "update")), (4, ("_save_checkpoint", "append"))],
+    # in the actor's third optimizer step, and while the state is being copied
+    "head": [(2, ("_update_actor", *["_backward"] * 3)), (4, ("_keep", "snapshot", "copy_from"))],
+    # between the critic's update and the actor's, and with a save in flight whose step has no line yet
+    "adapter": [(3, ("update_critic", "_update_actor", "update")), (4, ("start_save", "append"))],
 }
 
 
@@ -74,7 +74,8 @@ def test_held_by_one_run_stopped_by_a_signal_and_gone_on_with(references, new_ru
     assert "Traceback" not in second.output
 
     run.signal_group(signal.SIGINT)
-    run.ends(128 + signal.SIGINT)
+    run.ends(75)
+    assert "SIGINT: the state after step 2 is durable; exit code 75, the same command goes on" in run.stdout
     assert "stopped at step 2 of 5" in run.stdout
     assert re.search(r"go on +python -m agentlightning.verl .*trainer.default_local_dir=run", run.stdout)
     assert "Traceback" not in run.output
@@ -84,10 +85,33 @@ def test_held_by_one_run_stopped_by_a_signal_and_gone_on_with(references, new_ru
 
 def test_a_signal_before_training_starts_ends_the_run_as_well(new_run):
     run = new_run(IN_PROCESS).start()
-    run.wait_until((run.directory / ".lock").exists, "the run directory")
+    run.wait_until((run.directory / ".lease").exists, "the run directory")
     run.signal_group(signal.SIGINT)
-    run.ends(128 + signal.SIGINT)
+    run.ends(75)
+    assert "stopped before training began (SIGINT); the same command starts it" in run.output
     assert "Traceback" not in run.output
+
+
+def test_without_saves_a_signal_saves_and_a_second_one_leaves_at_once(references, new_run):
+    run = new_run(IN_PROCESS, "trainer.save_freq=-1")
+    run.hold_in("reward", step=3, durable=False)
+    assert not list(run.directory.glob("*.pt"))
+    run.kill(signal.SIGUSR1)
+    run.ends(75)
+    assert run.newest_valid() == 2
+    run.hold_in("tool", step=4, durable=False)  # the tool runs in the main thread here, and looks at no flag
+    run.kill(signal.SIGTERM)
+    run.kill(signal.SIGINT)
+    assert run.wait() in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert run.newest_valid() == 2
+    run.again()
+    run.equals(references["inprocess"])
+
+
+def test_a_deadline_ends_the_run_in_time(new_run):
+    run = new_run(IN_PROCESS, "trainer.must_save_by=2026-01-31T12:00:00+00:00").start().ends(75)
+    assert "stopped before training began (trainer.must_save_by)" in run.output
+    assert run.steps == []
 
 
 def test_nan_from_the_reward_stops_the_step_before_the_weights_change(references, new_run):

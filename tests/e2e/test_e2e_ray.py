@@ -43,21 +43,30 @@ def test_a_signal_while_the_workers_load_the_model_ends_the_run_too(new_run):
     run.wait_until((run.directory / "logs" / "worker_0.log").exists, "the worker")
     run.look_at_family()
     run.kill(signal.SIGTERM)
-    run.ends(128 + signal.SIGTERM)
+    run.ends(75)
     assert "Traceback" not in run.output
     run.leaves_nobody_behind()
 
 
 def test_stopped_then_killed_it_ends_as_one_that_was_never_stopped(references, new_run):
-    run = new_run()
-    run.hold_in("tool", step=2)  # the workers sample, the controller waits for them
-    run.signal_group(signal.SIGTERM)  # a scheduler stops all processes of the job at once, Ray's own among them
-    run.ends(128 + signal.SIGTERM)
+    run = new_run("trainer.save_freq=-1")
+    run.hold_in("tool", step=2, durable=False)  # the workers sample, the controller waits for them
+    assert not list(run.directory.glob("*.pt"))
+    run.signal_everyone(signal.SIGTERM)  # a scheduler stops all processes of the job at once, Ray's own among them
+    run.ends(75)
+    assert "the state after step 1 is durable" in run.stdout
     assert re.search(r"go on +python -m agentlightning.verl .*trainer.default_local_dir=run", run.stdout)
     assert "Traceback" not in run.output
     run.leaves_nobody_behind()
     assert run.newest_valid() == 1
 
+    worker = run.hold_in("tool", step=3, durable=False)
+    os.kill(worker, signal.SIGTERM)  # one worker alone is told to go
+    run.ends(75)
+    assert "SIGTERM to a worker: the state after step 2 is durable" in run.stdout
+    run.leaves_nobody_behind()
+
+    run.overrides = ()
     run.hold_in("tool", step=4)
     run.kill(signal.SIGKILL)
     run.ends(-signal.SIGKILL)
@@ -67,13 +76,30 @@ def test_stopped_then_killed_it_ends_as_one_that_was_never_stopped(references, n
     run.again()
     assert "3 of 5 steps are done" in run.stdout
     run.equals(references["ray"])
-    assert [line["training/attempt"] for line in run.lines] == [1, 2, 2, 3, 3]
+    assert [line["training/attempt"] for line in run.lines] == [1, 2, 3, 4, 4]
 
 
-def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(references, new_run):
+def test_a_killed_worker_is_started_again_in_the_same_run(references, new_run):
     run = new_run(TWO)
     worker = run.hold_in("tool", step=2)
     assert worker in {member.pid for member, _ in run.family}
+    os.kill(worker, signal.SIGKILL)
+    run.plan.unlink()
+    # Killed altogether while both workers compute the update: the call has been handed to them, and the controller waits.
+    run.stop_at("reward", 4, "kill", ("update_actor", "_wait"))
+    assert run.wait() == -signal.SIGKILL, run.output
+    assert "warning: a worker died" in run.stdout
+    assert str(run.directory / "logs" / "worker_0.log") in run.stdout
+    assert "starting the workers again, 1 of trainer.max_restarts=3" in run.stdout
+    assert run.steps == [1, 2, 3]
+    run.again()
+    run.equals(references["two"])
+    assert [line["training/attempt"] for line in run.lines] == [1, 2, 2, 3, 3]
+
+
+def test_a_run_that_may_not_start_workers_again_ends_with_the_workers_words(new_run):
+    run = new_run("trainer.max_restarts=0")
+    worker = run.hold_in("tool", step=2)
     os.kill(worker, signal.SIGKILL)
     killed = time.monotonic()
     assert run.wait() == 1, run.output
@@ -82,9 +108,3 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(references, n
     assert str(run.directory / "logs" / "worker_0.log") in run.stderr
     run.leaves_nobody_behind()
     assert run.newest_valid() == 1
-
-    # Killed again while both workers compute the update: the call has been handed to them, and the controller waits.
-    run.kill_inside(4, "update_actor", "_wait")
-    assert run.steps == [1, 2, 3]
-    run.again()
-    run.equals(references["two"])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from agentlightning.checkpoint import CheckpointFiles, CheckpointManager, find_valid, load, save
-from agentlightning.checkpoint.manifest import build, digest, encode_json, parse, verified_bytes
+from agentlightning.checkpoint.manifest import FileEntry, build, digest, encode_json, parse, verified_bytes
 from agentlightning.errors import CheckpointError
 
 ADAPTER = "actor/adapter_model.safetensors"
@@ -65,7 +65,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
 
 
 def test_every_bit_of_a_manifest_counts_without_a_record_too() -> None:
-    good, _ = build("n", 1, {"a.json": (3, "0" * 32)}, {"breaking": {"lr": 1e-05}}, {})
+    good, _ = build("n", 1, {"a.json": FileEntry(3, "xxh3_128", "0" * 32)}, {"breaking": {"lr": 1e-05}}, {})
     assert parse(good)["step"] == 1
     for position in range(len(good) * 8):
         data = bytearray(good)
@@ -169,8 +169,8 @@ def test_what_is_checked_is_what_is_used(tmp_path: Path, monkeypatch: pytest.Mon
     save_steps(tmp_path, 1)
     manifest = parse((tmp_path / "global_step_1" / "manifest.json").read_bytes())
     reads: list[str] = []
-    real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path.name), real(path))[1])
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: (reads.append(Path(path).name), real(path, *rest))[1])
     assert verified_bytes(tmp_path / "global_step_1", manifest).keys() == manifest["files"].keys()
     load(tmp_path / "global_step_1")
     assert reads.count("adapter_model.safetensors") == 2  # once in each of the two calls
@@ -269,7 +269,7 @@ def test_an_interrupt_in_a_save_leaves_no_half(tmp_path: Path, monkeypatch: pyte
             save_steps(tmp_path, 2)
     assert [entry for entry in sorted(os.listdir(tmp_path)) if not entry.endswith(".tmp")] == before
     with CheckpointManager(tmp_path, save_freq=1):
-        assert sorted(entry for entry in os.listdir(tmp_path) if entry != ".lock") == before
+        assert sorted(entry for entry in os.listdir(tmp_path) if entry != ".lease") == before
 
 
 def test_a_directory_removed_under_the_run_is_made_again(tmp_path: Path) -> None:
@@ -293,12 +293,12 @@ def test_a_root_that_cannot_be_a_directory(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(tmp_path, 1, 2)
-    real = Path.read_bytes
+    real = os.readv
 
-    def bad_sector(path: Path) -> bytes:
-        if path == tmp_path / "global_step_2" / ADAPTER:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return real(path)
+    def bad_sector(descriptor: int, buffers: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path / "global_step_2" / ADAPTER):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers)
 
-    monkeypatch.setattr(Path, "read_bytes", bad_sector)
+    monkeypatch.setattr(os, "readv", bad_sector)
     expect_fallback(tmp_path, 1, "Input/output error")

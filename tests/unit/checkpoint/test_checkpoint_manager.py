@@ -231,7 +231,7 @@ def test_starting_over_moves_everything_that_is_named(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, save_freq=1) as manager:
         assert manager.start_over(also=["metrics.jsonl", "reward.png"]) == tmp_path / "aside-1"
         assert manager.load_latest() is None
-        assert sorted(os.listdir(tmp_path)) == [".lock", "aside-1", "run.log"]
+        assert sorted(os.listdir(tmp_path)) == [".lease", "aside-1", "run.log"]
         assert manager.start_over(also=["metrics.jsonl"]) is None
         manager.save(1, files_of(1))
         assert manager.start_over() == tmp_path / "aside-2"
