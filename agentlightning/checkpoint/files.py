@@ -80,6 +80,24 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def missing_directories(path: Path) -> list[Path]:
+    """Which of `path` and the directories above it are not there, the outermost first."""
+    return [directory for directory in (path, *path.parents) if not directory.exists()][::-1]
+
+
+def fsync_entries(paths: list[Path]) -> None:
+    """Make the entries of `paths` in the directories above them durable: when a new one goes, all below it goes along."""
+    for path in paths:
+        fsync_directory(path.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Make `path` and what is missing above it, durably; nothing if it is there."""
+    missing = missing_directories(path)
+    path.mkdir(parents=True, exist_ok=True)
+    fsync_entries(missing)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Give `path` new contents at once: a reader sees the old bytes or the new ones, never a mixture."""
     staged = temporary(path.parent, path.name)

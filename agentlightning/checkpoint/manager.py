@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Literal
 
 from agentlightning.checkpoint import store
+from agentlightning.checkpoint.files import fsync_entries, missing_directories
 from agentlightning.checkpoint.history import RunHistory
 from agentlightning.checkpoint.interval import AutoInterval, Choice
 from agentlightning.checkpoint.lease import Lease
@@ -89,9 +90,11 @@ class CheckpointManager:
         self._started_step = 0  # the last one that was resumed from, or of which a save was started
         self._durable_since = time.monotonic()
         self._auto = AutoInterval()
+        made = missing_directories(self.root)
         self.lease = Lease(self.root)
         self._writer = BackgroundWriter()
         with _changing(self.root):
+            fsync_entries(made)
             remove_leftovers(self.root)
             self.history = RunHistory(self.root)
 

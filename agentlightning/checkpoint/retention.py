@@ -103,6 +103,7 @@ def discard(root: Path, names: Iterable[str]) -> None:
     for name in going:
         if (root / name).exists():
             (root / name).rename(temporary(root, name))
+    fsync_directory(root)  # else a power cut may bring a directory's name back, and not the hidden record that explains it
     remove_leftovers(root, going)
 
 
@@ -120,6 +121,7 @@ def remove_leftovers(root: Path, names: Iterable[str] | None = None) -> list[str
         if original.endswith(RECORD_SUFFIX) and (root / name).is_dir() and is_leftover(root, name):
             staged = temporary(root, name)
             (root / name).rename(staged)
+            fsync_directory(root)  # the name is gone for good before the record that explains it is
             remove(staged)
         remove(path)  # after its directory: it is the sign by which the directory is known
         removed.append(path.name)

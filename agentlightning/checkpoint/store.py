@@ -24,7 +24,7 @@ import numpy as np
 
 from agentlightning.checkpoint import layout
 from agentlightning.checkpoint import manifest as manifests
-from agentlightning.checkpoint.files import Buffer, entries, fsync_directory, temporary, write_new
+from agentlightning.checkpoint.files import Buffer, entries, fsync_directory, make_directory, temporary, write_new
 from agentlightning.checkpoint.manifest import MANIFEST, FileEntry, check_relative, encode_json, write_file
 from agentlightning.checkpoint.record import (
     RECORD_SUFFIX,
@@ -149,7 +149,7 @@ def save(
     needed = sum(memoryview(piece).nbytes for pieces in contents.values() for piece in pieces)
     needed += files.parts.bytes if files.parts is not None else 0
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         if record_path(root, name).exists():
             raise CheckpointError(
                 f"{record_path(root, name)} exists and is not written over; resume from it, "
