@@ -6,6 +6,7 @@ of it by `collect`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ from types import TracebackType
 from typing import Literal
 
 from agentlightning.checkpoint import store
-from agentlightning.checkpoint.files import fsync_entries, missing_directories
+from agentlightning.checkpoint.files import entries, fsync_entries, missing_directories
 from agentlightning.checkpoint.history import RunHistory
 from agentlightning.checkpoint.interval import AutoInterval, Choice
 from agentlightning.checkpoint.lease import Lease
-from agentlightning.checkpoint.record import CheckpointRecord, list_records
+from agentlightning.checkpoint.record import RECORD_SUFFIX, CheckpointRecord, list_records
+from agentlightning.checkpoint.remote import SMALL_FILES, Mirror, is_url, staging_for
 from agentlightning.checkpoint.retention import (
     RetentionPolicy,
     mark_verified,
@@ -28,15 +30,18 @@ from agentlightning.checkpoint.retention import (
     prune,
     remove_leftovers,
     set_aside,
+    step_of,
     write_pointer,
 )
 from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, SavedCheckpoint
 from agentlightning.checkpoint.writer import BackgroundWriter, Outcome
-from agentlightning.errors import CheckpointError
+from agentlightning.errors import CheckpointError, UserError
 
 WENT_BACK_TO = "went_back_to"  # in a record's extra: the resume_from_path that this line of the run began with
 METRICS = "metrics"  # in a record's extra: what the best checkpoint is chosen by
 BEST = "best"  # a resume_from_path
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -71,13 +76,16 @@ class CheckpointManager:
         best_by: str | None = None,
         keep_every: int | None = None,
         digest: str = "xxh3_128",
+        staging_parent: Path | None = None,
     ):
         """Take the lease of `root` (made if need be) and clear what dead saves left; CheckpointError if another run holds it.
 
         `save_freq` is in steps, -1 for the last step only, or `auto` (see interval.py). `keep` is how many of the newest stay,
-        None for all; `best_by` and `keep_every`: see `RetentionPolicy`.
+        None for all; `best_by` and `keep_every`: see `RetentionPolicy`. A `root` that is a URL (fsspec's: s3://, gs://,
+        memory://) is mirrored: the run works in a directory below `staging_parent`, and a checkpoint counts once it is there.
         """
-        self.root = Path(root)
+        url = str(root) if is_url(str(root)) else None
+        self.root = Path(root) if url is None else staging_for(url, staging_parent)
         self.save_freq: int | Literal["auto"] = save_freq
         self.policy = RetentionPolicy(keep, best_by, keep_every)
         self.digest = digest
@@ -92,11 +100,19 @@ class CheckpointManager:
         self._auto = AutoInterval()
         made = missing_directories(self.root)
         self.lease = Lease(self.root)
+        try:
+            with _changing(self.root):
+                fsync_entries(made)
+                remove_leftovers(self.root)
+            self.mirror = Mirror(url, self.root) if url is not None else None
+            if self.mirror is not None:
+                self.mirror.pull_index()
+            with _changing(self.root):
+                self.history = RunHistory(self.root)
+        except BaseException:
+            self.lease.release()
+            raise
         self._writer = BackgroundWriter()
-        with _changing(self.root):
-            fsync_entries(made)
-            remove_leftovers(self.root)
-            self.history = RunHistory(self.root)
 
     # ---- saving
 
@@ -169,16 +185,28 @@ class CheckpointManager:
     def _save(self, step: int, files: CheckpointFiles, taken_at: float) -> SavedCheckpoint:
         self.go_on()
         saved = store.save(self.root, name_of(step), step, files, algorithm=self.digest, committing=self.lease.committing)
+        notes = self._point_at(step)
+        if self.mirror is not None:
+            pushed = self.mirror.push(saved.name, SMALL_FILES)
+            saved = replace(saved, seconds=saved.seconds + pushed.seconds)
         self._durable_since = taken_at
-        return replace(saved, notes=(*saved.notes, *self._after_commit(step)))
+        return replace(saved, notes=(*saved.notes, *notes, *self._prune(step)))
 
-    def _after_commit(self, step: int) -> list[str]:
-        """The pointer and the pruning; what fails here costs disk space and not the checkpoint, so it is only reported."""
+    def _point_at(self, step: int) -> list[str]:
+        """verl's pointer; what fails here, or in `_prune`, costs no checkpoint, so it is only reported."""
         try:
             write_pointer(self.root, step)
-            if self.policy.keep is not None:
+        except OSError as error:
+            return [f"step {step} is saved, but tidying up after it failed: {error}"]
+        return []
+
+    def _prune(self, step: int) -> list[str]:
+        try:
+            if self.mirror is None:
                 prune(self.root, self.policy, name_of(step))
-        except (OSError, CheckpointError) as error:
+            else:
+                self.mirror.discard(prune(self.root, self.policy, name_of(step), elsewhere=self.mirror.is_whole))
+        except (OSError, UserError) as error:
             return [f"step {step} is saved, but tidying up after it failed: {error}"]
         return []
 
@@ -190,7 +218,7 @@ class CheckpointManager:
         `.skipped` names the newer ones that were passed over, with the reason. No checkpoint in the directory changes.
         """
         self.drain()
-        loaded = store.find_valid(self.root)
+        loaded = store.find_valid(self.root, self._fetch)
         self._went_back_to = None
         return self._resumed(loaded, own=True)
 
@@ -208,10 +236,17 @@ class CheckpointManager:
                 self._went_back_to = given
                 return replace(loaded, notes=(*loaded.notes, _goes_on(loaded, given)))
         path = self.root / self.best() if given == BEST else store.resolve(self.root, which)
+        own = path.resolve().parent == self.root.resolve()
+        if own and self.mirror is not None:
+            self.mirror.fetch(path.name)
         loaded = store.load(path)
         self._went_back_to = given
-        self._resumed(loaded, own=path.resolve().parent == self.root.resolve())
+        self._resumed(loaded, own)
         return loaded
+
+    def _fetch(self, record: CheckpointRecord) -> None:
+        if self.mirror is not None and record.digest is not None:
+            self.mirror.fetch(record.name)
 
     def best(self) -> str:
         """The name of the best checkpoint by `best_by`, or by the first validation mean that the records hold."""
@@ -257,12 +292,26 @@ class CheckpointManager:
         Returns that directory, None if there was nothing to move.
         """
         with _changing(self.root), self.lease.committing():
-            return set_aside(self.root, later_than_step, also)
+            aside = set_aside(self.root, later_than_step, also)
+        if aside is not None and self.mirror is not None:
+            moved = entries(aside)
+            names = {name.removesuffix(RECORD_SUFFIX) for name in moved if name.endswith(RECORD_SUFFIX)}
+            newest_first = sorted(names, key=lambda name: step_of(name) or 0, reverse=True)
+            self.mirror.set_aside(newest_first, [name for name in also if name in moved], aside=aside.name)
+        return aside
 
     def close(self) -> None:
         """Finish what is being written, and let another run have the directory."""
         self._writer.close()
-        self.lease.release()
+        try:
+            if self.mirror is not None:
+                self.mirror.push_files(SMALL_FILES)
+        except UserError as error:
+            log.warning("%s", error)
+        finally:
+            if self.mirror is not None:
+                self.mirror.release()
+            self.lease.release()
 
     def __enter__(self) -> CheckpointManager:
         return self

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,16 +128,24 @@ def remove_leftovers(root: Path, names: Iterable[str] | None = None) -> list[str
     return removed
 
 
-def _whole(root: Path) -> list[CheckpointRecord]:
-    """The checkpoints that retention is about, newest first: of this layout, under their own name, with the files' sizes right.
+def _whole(root: Path, elsewhere: Callable[[str], bool]) -> list[CheckpointRecord]:
+    """The checkpoints that retention is about, newest first: of this layout, under their own name, with the right sizes.
 
-    A torn one neither pushes a good one out nor is deleted, and neither is anything that another loop wrote.
+    A torn one neither pushes a good one out nor is deleted, and neither is anything that another loop wrote. `elsewhere`
+    answers for those whose files are not in `root`.
     """
     return [
         record
         for path, record in list_records(root)[0]
-        if record.digest is not None and path.stem == record.name and is_whole(root / record.name)
+        if record.digest is not None
+        and path.stem == record.name
+        and (is_whole(root / record.name) if (root / record.name).is_dir() else elsewhere(record.name))
     ]
+
+
+def _nowhere(name: str) -> bool:
+    """A checkpoint of a local run directory lies there or not at all."""
+    return False
 
 
 def metric_of(record: CheckpointRecord, metric: str) -> float | None:
@@ -203,9 +211,12 @@ def last_verified(root: Path, records: Iterable[CheckpointRecord]) -> str | None
     return max(steps, key=lambda name: steps[name], default=None)
 
 
-def reasons_to_keep(root: Path, policy: RetentionPolicy) -> list[Kept]:
-    """Every whole checkpoint of this run, newest first, with what keeps it. Nothing changes, and no tensor is read."""
-    records = _whole(root)
+def reasons_to_keep(root: Path, policy: RetentionPolicy, elsewhere: Callable[[str], bool] = _nowhere) -> list[Kept]:
+    """Every whole checkpoint of this run, newest first, with what keeps it. Nothing changes, and no tensor is read.
+
+    `elsewhere` says whether a checkpoint whose files are not in `root` is whole where they are.
+    """
+    records = _whole(root, elsewhere)
     best, verified = _best(records, policy), last_verified(root, records)
     kept: list[Kept] = []
     for age, record in enumerate(records):
@@ -220,7 +231,13 @@ def reasons_to_keep(root: Path, policy: RetentionPolicy) -> list[Kept]:
     return kept
 
 
-def prune(root: Path, policy: RetentionPolicy, just_saved: str | None, dry_run: bool = False) -> list[str]:
+def prune(
+    root: Path,
+    policy: RetentionPolicy,
+    just_saved: str | None,
+    dry_run: bool = False,
+    elsewhere: Callable[[str], bool] = _nowhere,
+) -> list[str]:
     """Discard what no part of the policy keeps; returns the names that went, or with `dry_run` that would go.
 
     Three never go: the newest, the last verified one, and `just_saved`, which is known to be good even where going back has
@@ -228,7 +245,7 @@ def prune(root: Path, policy: RetentionPolicy, just_saved: str | None, dry_run: 
     """
     if policy.keep is None:
         return []
-    going = [kept.name for kept in reasons_to_keep(root, policy) if not kept.reasons and kept.name != just_saved]
+    going = [kept.name for kept in reasons_to_keep(root, policy, elsewhere) if not kept.reasons and kept.name != just_saved]
     if going and not dry_run:
         discard(root, going)
     return going

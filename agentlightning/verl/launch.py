@@ -24,6 +24,7 @@ from agentlightning.checkpoint.history import Ending
 from agentlightning.checkpoint.lease import LEASE_FILE
 from agentlightning.checkpoint.manager import CheckpointManager
 from agentlightning.checkpoint.preemption import EXIT_CODE, SIGNALS, Preempted, Preemption
+from agentlightning.checkpoint.remote import is_url, mask
 from agentlightning.checkpoint.store import LoadedCheckpoint
 from agentlightning.errors import WorkerError
 from agentlightning.types import Prompt
@@ -70,12 +71,13 @@ def launch(config: Config) -> int:
 def _hold_directory_and_run(config: Config, stop: Preemption, started: float) -> int:
     trainer = config.trainer
     checkpoints = CheckpointManager(
-        Path(trainer.default_local_dir).resolve(),
+        trainer.default_local_dir if is_url(trainer.default_local_dir) else Path(trainer.default_local_dir).resolve(),
         trainer.save_freq,
         trainer.max_actor_ckpt_to_keep,
         best_by=trainer.keep_best_by,
         keep_every=trainer.keep_every,
         digest=trainer.checkpoint_digest,
+        staging_parent=Path(trainer.staging_dir).expanduser().resolve() if trainer.staging_dir is not None else None,
     )
     with checkpoints, make_console() as console:
         loaded = _find_checkpoint(checkpoints, config, console)
@@ -313,10 +315,11 @@ def _facts(config: Config, placement: Placement, run_dir: Path) -> list[str]:
         if placement.device == "cuda"
         else f"CPU process ({placement.num_threads} thread{'s' if placement.num_threads > 1 else ''})"
     )
+    given = config.trainer.default_local_dir
     backend = "in this process" if config.trainer.backend == "inprocess" else "on Ray"
     return [
         f"model {config.actor_rollout_ref.model.path}",
         f"workers {placement.world_size} x {unit}, {backend}",
         *derived_sizes(config, placement.world_size),
-        f"run directory {run_dir}",
+        f"run directory {run_dir}" + (f", mirrored to {mask(given)}" if is_url(given) else ""),
     ]

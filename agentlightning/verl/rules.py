@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from agentlightning.checkpoint.remote import is_url
 from agentlightning.errors import ConfigError
 from agentlightning.verl.schema import Config
 
@@ -40,7 +41,8 @@ def check_world_size(config: Config, world_size: int) -> None:
 def check_paths(config: Config) -> None:
     """The model is where `actor_rollout_ref.model.path` says, and the run directory can be written."""
     _check_model_path(config.actor_rollout_ref.model.path)
-    _check_run_dir(Path(config.trainer.default_local_dir))
+    if not is_url(config.trainer.default_local_dir):
+        _check_run_dir(Path(config.trainer.default_local_dir))
 
 
 def _check_model_path(given: str) -> None:

@@ -232,6 +232,7 @@ class TrainerConfig(Section):
     keep_best_by: Text | None
     keep_every: Count | None
     checkpoint_digest: Literal["xxh3_128", "sha256"]
+    staging_dir: Text | None
     max_run_seconds: Positive | None
     must_save_by: Text | Positive | None  # ISO 8601, or seconds since the epoch
     max_restarts: Natural

@@ -484,7 +484,7 @@ def test_what_cannot_be_written_is_named_with_the_override(tmp_path: Path, monke
     with Lease(root, wait_seconds=0) as lease:
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", broken)
-            with pytest.raises(OSError) as caught, lease.committing():
+            with pytest.raises(OSError, match="Input") as caught, lease.committing():
                 pytest.fail("committed")
         assert not isinstance(caught.value, LeaseLostError)
         with lease.committing():  # the file server is back
