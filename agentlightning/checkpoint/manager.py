@@ -217,7 +217,7 @@ class CheckpointManager:
 
         `.skipped` names the newer ones that were passed over, with the reason. No checkpoint in the directory changes.
         """
-        self.drain()
+        self._writer.wait()
         loaded = store.find_valid(self.root, self._fetch)
         self._went_back_to = None
         return self._resumed(loaded, own=True)

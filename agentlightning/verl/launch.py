@@ -164,18 +164,20 @@ def _fit(trainer: AgentLightningTrainer) -> int:
 
 def _fit_through_deaths(trainer: AgentLightningTrainer) -> tuple[int, Ending]:
     """Train; workers that die are started again, a request to leave is answered by a save. The exit code, and how it went."""
-    limit, deaths = trainer.config.trainer.max_restarts, 0
+    limit, deaths, alive = trainer.config.trainer.max_restarts, 0, True
     try:
         while True:
             try:
+                if not alive:
+                    _start_workers_again(trainer)
+                alive = True
                 trainer.fit()
                 return 0, "finished"
             except WorkerError as error:
-                deaths += 1
+                deaths, alive = deaths + 1, False
                 if deaths > limit:
                     raise
                 trainer.console.warning(f"{error}\nstarting the workers again, {deaths} of trainer.max_restarts={limit}")
-                _start_workers_again(trainer)
     except Preempted as reason:
         step = trainer.leave()
         what = f"the state after step {step} is durable" if step else "no step was finished"

@@ -39,6 +39,8 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = _read_lines(path)
+        self._size = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0  # bytes that are known to be whole lines
+        self._unwritten = b""
 
     @property
     def last_step(self) -> int:
@@ -53,20 +55,39 @@ class MetricsFile:
         kept = [line for line in self.lines if line[STEP] <= step]
         dropped = len(self.lines) - len(kept)
         self.lines = kept
+        data = b"".join(_encoded(line) for line in kept)
         if self.path.exists() or kept:
-            replace_file(self.path, b"".join(_encoded(line) for line in kept))
+            replace_file(self.path, data)
+        self._size, self._unwritten = len(data), b""
         return dropped
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add the line of `step`, which must come after every step in the file; it is on the disk when this returns."""
+        """Add the line of `step`, which must come after every step in the file; it is on the disk when this returns.
+
+        OSError if the disk refuses it: the line is kept, and written with the next one or by `flush`.
+        """
         if step <= self.last_step:
             raise ValueError(f"{self.path} already has a line of step {self.last_step}; step {step} cannot follow it")
         line = {STEP: step, **{name: _plain(value) for name, value in metrics.items()}}
+        self.lines.append(line)
+        self._unwritten += _encoded(line)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what a full disk refused before. OSError if it still does."""
+        if not self._unwritten:
+            return
         with self.path.open("ab") as file:
-            file.write(_encoded(line))
+            data = self._unwritten
+            if file.tell() > self._size:
+                file.truncate(self._size)  # what a write that failed half-way left
+            elif file.tell() < self._size:  # somebody removed the file
+                file.truncate(0)
+                self._size, data = 0, b"".join(_encoded(line) for line in self.lines)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self.lines.append(line)
+        self._size, self._unwritten = self._size + len(data), b""
 
 
 class Tracking:
@@ -92,6 +113,7 @@ class Tracking:
         self.title = f"{project_name} / {experiment_name}"
         self.file = MetricsFile(run_dir / METRICS_FILE)
         self.attempt = 1 + max((line.get(ATTEMPT, 0) for line in self.file.lines), default=0)
+        self.trouble: str | None = None  # what went wrong with the last line
         self.wandb_run_id: str | None = None
         self._wandb: wandb.Run | None = None
         self._last_picture = time.monotonic()
@@ -128,11 +150,15 @@ class Tracking:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One finished step. metrics.jsonl has it, with `training/attempt`, on the disk when this returns."""
         metrics = {ATTEMPT: self.attempt, **metrics}
-        self.file.append(step, metrics)
+        self.trouble = None
+        try:
+            self.file.append(step, metrics)
+        except OSError as error:  # no reason to end a run: the line is written when there is room again
+            self.trouble = f"{self.file.path} could not be written ({error.strerror or error}); the line of step {step} is kept"
         # W&B knows no way back: a step that is done again gives the same numbers, which it already has.
         if self._wandb is not None and step >= self._wandb.step:
             self._wandb.log(dict(metrics), step=step)
-        if time.monotonic() - self._last_picture > _SECONDS_BETWEEN_PICTURES:
+        if self.trouble is None and time.monotonic() - self._last_picture > _SECONDS_BETWEEN_PICTURES:
             self.draw()
 
     def draw(self) -> None:
@@ -141,7 +167,8 @@ class Tracking:
         self._last_picture = time.monotonic()
 
     def finish(self, exit_code: int = 0) -> None:
-        """The last picture, and W&B's own end."""
+        """The lines that are still to be written, the last picture, and W&B's own end."""
+        self.file.flush()
         self.draw()
         if self._wandb is not None:
             self._wandb.finish(exit_code=exit_code)

@@ -236,6 +236,8 @@ class AgentLightningTrainer:
         metrics |= compute_timing_metrics(timing_raw, tokens)
         self._keep(step, is_last, metrics, timing_raw)
         self.tracking.log(step, metrics)
+        if self.tracking.trouble is not None:
+            self.console.warning(self.tracking.trouble)
         for phase, count in tokens.items():
             if phase in timing_raw:
                 self.console.tokens(phase, count, timing_raw[phase])

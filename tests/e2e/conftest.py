@@ -150,14 +150,14 @@ class Run:
         self.look_at_family()
         return int(reached.read_text())
 
-    def stop_at(self, where: str, step: int, do: str, inside: tuple[str, ...] = ()) -> Run:
+    def stop_at(self, where: str, step: int, do: str, inside: tuple[str, ...] = (), metrics: str = "run/metrics.jsonl") -> Run:
         """See e2e_user_code.py."""
         self.plan.with_suffix(".reached").unlink(missing_ok=True)
         self.plan.write_text(
             json.dumps(
                 {
                     "where": where,
-                    "metrics": str(self.directory / "metrics.jsonl"),
+                    "metrics": str(self.cwd / metrics),
                     "after": step - 1,
                     "do": do,
                     "inside": inside,

@@ -8,6 +8,7 @@ first call of the reward function or the tool once FILE, metrics.jsonl, has the 
 - nan: return NaN as the reward.
 """
 
+import glob
 import json
 import os
 import signal
@@ -49,7 +50,7 @@ def _carry_out(where: str) -> str | None:
 
 
 def _steps_done(metrics: Path) -> int:
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return sum(Path(found).read_bytes().count(b"\n") for found in glob.glob(str(metrics)))
 
 
 def _hold() -> None:

@@ -44,6 +44,20 @@ def test_ppo_killed_twice_ends_as_one_that_was_never_killed(kind, new_run):
     assert len(set(coefficients)) == 5  # the adaptive controller has something to lose
 
 
+def test_killed_at_an_epochs_end_twice_in_one_epoch_and_at_the_last_step(new_run):
+    overrides = (IN_PROCESS, "data.train_max_samples=8", "trainer.total_epochs=3")  # two steps an epoch
+    whole, run = new_run(*overrides).start(), new_run(*overrides)
+    run.kill_inside(2, "start_save", "append")  # the epoch's last step, not yet in metrics.jsonl
+    run.kill_inside(3, "update_actor")
+    run.kill_inside(4, "_update_actor", "step")
+    run.kill_inside(5, "start_save")
+    run.again()
+    whole.ends()
+    run.equals(whole)
+    assert [line["training/epoch"] for line in run.lines] == [line["training/epoch"] for line in whole.lines]
+    assert len({line["training/epoch"] for line in run.lines}) == 3
+
+
 def test_a_finished_run_says_so_and_goes_on_when_more_is_asked_for(references, new_run):
     run = new_run(IN_PROCESS)
     run.start("trainer.total_training_steps=3").ends()

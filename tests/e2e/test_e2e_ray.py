@@ -60,6 +60,20 @@ def test_stopped_then_killed_it_ends_as_one_that_was_never_stopped(references, n
     run.leaves_nobody_behind()
     assert run.newest_valid() == 1
 
+    # Another number of workers: the same prompts and samples, and in the step after the resume the same learning.
+    run.again(TWO, "trainer.total_training_steps=4")
+    assert "changed since the checkpoint: trainer.n_gpus_per_node: saved null, now 2" in run.stdout
+    mine, theirs = run.lines[1], references["ray"].lines[1]
+    for name in ("critic/score/mean", "prompt_length/mean", "response_length/mean", "perf/total_num_tokens"):
+        assert mine[name] == theirs[name]
+    assert mine["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=1e-4)
+    assert {name for name in run.files(4) if "optimizer" in name} == {
+        f"actor/optimizer-{rank:05}-of-00002.safetensors" for rank in (0, 1)
+    }
+    run.again()  # and back to one, which reads what two have written
+    assert run.steps == [1, 2, 3, 4, 5]
+    assert run.newest_valid() == 5
+
     worker = run.hold_in("tool", step=3, durable=False)
     os.kill(worker, signal.SIGTERM)  # one worker alone is told to go
     run.ends(75)
@@ -97,7 +111,7 @@ def test_a_killed_worker_is_started_again_in_the_same_run(references, new_run):
     assert [line["training/attempt"] for line in run.lines] == [1, 2, 2, 3, 3]
 
 
-def test_a_run_that_may_not_start_workers_again_ends_with_the_workers_words(new_run):
+def test_a_worker_that_may_not_start_again_then_two_workers_then_one(references, new_run):
     run = new_run("trainer.max_restarts=0")
     worker = run.hold_in("tool", step=2)
     os.kill(worker, signal.SIGKILL)
@@ -108,3 +122,17 @@ def test_a_run_that_may_not_start_workers_again_ends_with_the_workers_words(new_
     assert str(run.directory / "logs" / "worker_0.log") in run.stderr
     run.leaves_nobody_behind()
     assert run.newest_valid() == 1
+
+    # Another number of workers: the same prompts and samples, and in the step after the resume the same learning.
+    run.again(TWO, "trainer.total_training_steps=4")
+    assert "changed since the checkpoint: trainer.n_gpus_per_node: saved null, now 2" in run.stdout
+    mine, theirs = run.lines[1], references["ray"].lines[1]
+    for name in ("critic/score/mean", "prompt_length/mean", "response_length/mean", "perf/total_num_tokens"):
+        assert mine[name] == theirs[name]
+    assert mine["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=1e-4)
+    assert {name for name in run.files(4) if "optimizer" in name} == {
+        f"actor/optimizer-{rank:05}-of-00002.safetensors" for rank in (0, 1)
+    }
+    run.again()  # and back to one, which reads what two have written
+    assert run.steps == [1, 2, 3, 4, 5]
+    assert run.newest_valid() == 5

@@ -1,5 +1,6 @@
 """metrics.jsonl over kills and resumes, reward.png, and W&B offline."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -211,3 +212,24 @@ def test_wandb_without_a_login_says_what_to_do(tmp_path: Path, monkeypatch: pyte
         Tracking(tmp_path, logger=["console", "wandb"])
     assert "WANDB_MODE=offline" in str(error.value)
     assert "trainer.logger=[console]" in str(error.value)
+
+
+def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):
+    tracking = Tracking(tmp_path)
+    tracking.resume(0)
+    tracking.log(1, {"a": 1})
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        tracking.log(2, {"a": 2})
+        assert tracking.trouble is not None
+        assert "No space left" in tracking.trouble
+        tracking.log(3, {"a": 3})
+    assert os.fsync is real
+    tracking.log(4, {"a": 4})
+    assert tracking.trouble is None
+    assert [line["a"] for line in MetricsFile(tmp_path / "metrics.jsonl").lines] == [1, 2, 3, 4]
