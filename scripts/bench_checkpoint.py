@@ -12,8 +12,8 @@ step, float32 on the CPU, of the rank that gives the size. All use the same numb
 it is: what is read was written just before. Before each turn that writes, what is dirty is written back (`sync`).
 
 - Blocked: `free_buffer`, copy, `start_save`; DCP's until `async_save` has returned. Floor: one copy between touched arrays.
-- Durable save: write, digests, fsync, manifest, record, renames, with the pruning. Floor: the same bytes in blocks of 8 MiB,
-  fsync, rename. The wall begins with the filled buffer, `copy included` before the copy. CPU, of all threads, has the copy.
+- Durable save: write, digests, fsync, manifest, record, renames, from the filled buffer to the commit; the line below also has
+  the copy before and the pruning after. Floor: the same bytes in blocks of 8 MiB, fsync, rename. CPU is of all that.
 - Worst step: steps of about 20 ms of small matrix products, as long as a save is written behind them.
 - Overhead: `--step-seconds` of such steps with a save behind them, and without; the difference over 5 s. A save that takes
   longer than the step is waited for. The line below is of the training thread's CPU time, which others disturb less.
@@ -100,7 +100,7 @@ class Figure:
 FIGURES = {
     "blocked": Figure("blocked time / memcpy of the state", 1.3),
     "durable": Figure("durable save wall / raw write + fsync + rename", 1.2),
-    "durable_copy": Figure("  the same, copy included", None),
+    "durable_all": Figure("  the same, with copy and pruning", None),
     "cpu": Figure("CPU of a save / CPU of the raw write", 2.2),
     "worst": Figure("worst step while a save is written / DCP's", 0.25),
     "worst_usual": Figure("  worst step while a save is written / usual step", None),
@@ -118,7 +118,8 @@ class Cost:
 
     wall: float
     cpu: float = 0.0  # of all threads
-    copy: float = 0.0  # spent before the wall began
+    total: float = 0.0  # of ours, with what comes before and after the wall
+    blocked: float = 0.0
     worst_step: float = 0.0
 
 
@@ -227,7 +228,7 @@ class Bench:
         memory = self._memory_turns(number)
         behind = in_turns(number, {"no save": self.no_save, "ours": self.save_behind, "DCP async": self.dcp_behind})
         floor = memory.pop("memcpy")
-        add("blocked", {"ours": behind["ours"].copy / floor, "DCP async": behind["DCP async"].copy / floor})
+        add("blocked", {"ours": behind["ours"].blocked / floor, "DCP async": behind["DCP async"].blocked / floor})
         add("blocked", {name: seconds / floor for name, seconds in memory.items()})
         add("worst", {"ours": behind["ours"].worst_step / behind["DCP async"].worst_step})
         add("worst_usual", {name: cost.worst_step / behind["no save"].wall for name, cost in behind.items()})
@@ -236,7 +237,7 @@ class Bench:
         saves = in_turns(number, {"raw": self.raw_write, "ours": self.save, **peers})
         raw = saves.pop("raw")
         add("durable", {name: cost.wall / raw.wall for name, cost in saves.items()})
-        add("durable_copy", {"ours": (saves["ours"].copy + saves["ours"].wall) / raw.wall})
+        add("durable_all", {"ours": saves["ours"].total / raw.wall})
         add("cpu", {name: cost.cpu / raw.cpu for name, cost in saves.items()})
 
         peer_loads = {"safetensors": self.safetensors_load, "torch.load": self.torch_load, "DCP": self.dcp_load}
@@ -276,7 +277,7 @@ class Bench:
         while not (outcomes := self.manager.collect()):
             steps.append(self.work.step())
         assert outcomes[0].saved is not None, self.manager.failed
-        return Cost(time.perf_counter() - start, copy=blocked, worst_step=max(steps))
+        return Cost(time.perf_counter() - start, blocked=blocked, worst_step=max(steps))
 
     def dcp_behind(self) -> Cost:
         """The same with DCP's thread."""
@@ -287,20 +288,17 @@ class Bench:
         while not future.done():
             steps.append(self.work.step())
         future.result()
-        cost = Cost(time.perf_counter() - start, copy=blocked, worst_step=max(steps))
+        cost = Cost(time.perf_counter() - start, blocked=blocked, worst_step=max(steps))
         self._remove("dcp")
         return cost
 
-    def start_save(self) -> float:
-        """What blocks a training step; returns the seconds of its copy."""
+    def start_save(self) -> None:
+        """What blocks a training step."""
         self.step += 1
         buffer = self.manager.free_buffer()
-        start = time.perf_counter()
         self.snapshots[buffer].copy_from(self.state)
-        copy = time.perf_counter() - start
         documents = {"trainer_state.json": {"global_step": self.step}, "actor/adapter_config.json": {"peft_type": "LORA"}}
         self.manager.start_save(self.step, CheckpointFiles({}, parts=Part(self.snapshots[buffer]), json=documents), buffer)
-        return copy
 
     def long_step(self) -> Cost:
         """A training step: its wall, and the CPU time of this thread."""
@@ -345,15 +343,14 @@ class Bench:
 
     def save(self) -> Cost:
         """Ours: what the background thread does is waited for."""
-        copy = 0.0
 
         def save() -> None:
-            nonlocal copy
-            copy = self.start_save()
+            self.start_save()
             assert self.manager.drain()[0].saved is not None, self.manager.failed
 
         cost = self._timed(save)
-        return replace(cost, wall=cost.wall - copy, copy=copy)
+        assert self.manager.last is not None
+        return replace(cost, wall=self.manager.last.seconds, total=cost.wall)
 
     def safetensors_save(self) -> Cost:
         """Two files, as ours."""

@@ -90,11 +90,11 @@ class HostSnapshot:
             self._targets += [torch.from_numpy(layout.slots[name].view(whole)) for name in tensors]
 
 
-def _plain(tensor: torch.Tensor) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _plain(tensor: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
     """numpy's type, and the shape."""
     return _numpy_type(tensor.dtype), tuple(tensor.shape)
 
 
 @functools.cache
-def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+def _numpy_type(dtype: Any) -> np.dtype[Any]:
     return np.dtype(str(dtype).removeprefix("torch."))
