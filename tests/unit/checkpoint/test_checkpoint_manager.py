@@ -302,3 +302,79 @@ def test_random_runs_are_never_without_a_valid_checkpoint(tmp_path: Path) -> Non
         assert loaded.json["trainer_state.json"] == step
         assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
     manager.close()
+
+
+def with_metric(mark: int, value: float | None) -> CheckpointFiles:
+    plain = files_of(mark)
+    metrics = {} if value is None else {"val-core/x/reward/mean@1": value}
+    return CheckpointFiles(plain.tensors, json=plain.json, extra={"attempt": 1, "metrics": metrics})
+
+
+def test_the_best_one_is_kept_and_can_be_resumed_from(tmp_path: Path) -> None:
+    scores = {1: 0.2, 2: 0.9, 3: None, 4: 0.5, 5: float("nan"), 6: 0.8}
+    with CheckpointManager(tmp_path, save_freq=1, keep=1, best_by="val-core/x/reward/mean@1") as manager:
+        for step, value in scores.items():
+            manager.save(step, with_metric(step, value))
+        assert steps(tmp_path) == [2, 6]
+        assert manager.load("best").step == 2
+        manager.save(3, with_metric(30, 0.1))
+    assert sorted(path.name for path in tmp_path.glob("aside-1/*.pt")) == ["global_step_6.pt"]
+    with CheckpointManager(tmp_path, save_freq=1) as manager:  # the same command again goes on, and not back once more
+        loaded = manager.load("best")
+        assert loaded.step == 3
+        assert loaded.notes
+
+
+def test_best_where_nobody_measured_says_what_would_help(tmp_path: Path) -> None:
+    run_to(tmp_path, 2)
+    with CheckpointManager(tmp_path, save_freq=1) as manager, pytest.raises(CheckpointError, match=r"trainer\.keep_best_by"):
+        manager.load("best")
+
+
+def test_multiples_of_a_step_stay_for_good(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, save_freq=1, keep=2, keep_every=3) as manager:
+        for step in range(1, 9):
+            manager.save(step, files_of(step))
+    assert steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_auto_saves_at_once_to_measure_and_then_as_seldom_as_it_may(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, save_freq="auto", keep=2) as manager:
+        saved = []
+        for step in range(1, 60):
+            saving = manager.should_save(step, is_last=step == 59)
+            if saving:
+                manager.save(step, files_of(step))
+                saved.append(step)
+            manager.observe(1.0, 0.001 if saving else None)
+        assert saved[0] == 1
+        assert saved[-1] == 59
+        assert manager.choice is not None
+        assert manager.choice.steps > 1
+        assert len(saved) < 30
+        assert f"every {manager.choice.steps} steps" in manager.choice.why
+
+
+def test_a_url_is_a_run_directory_too(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/run"
+    with CheckpointManager(url, save_freq=1, keep=2, staging_parent=tmp_path / "first") as manager:
+        assert manager.load_latest() is None
+        for step in range(1, 5):
+            manager.save(step, files_of(step))
+        (manager.root / "metrics.jsonl").write_text("a line\n")
+    with CheckpointManager(url, save_freq=1, keep=2, staging_parent=tmp_path / "second") as manager:  # another host
+        loaded = manager.load_latest()
+        assert loaded is not None
+        assert loaded.step == 4
+        assert (manager.root / "metrics.jsonl").read_text() == "a line\n"
+        manager.save(5, files_of(5))
+        manager.save(6, files_of(6))  # 3 goes, which was never fetched; 4 stays as the last verified one
+        assert manager.load(5).step == 5
+        manager.save(6, files_of(60))
+    with CheckpointManager(url, save_freq=1, staging_parent=tmp_path / "third") as manager:
+        assert sorted(path.stem for path in manager.root.glob("*.pt")) == ["global_step_5", "global_step_6"]
+        loaded = manager.load_latest()
+        assert loaded is not None
+        assert loaded.json == files_of(60).json
+        with pytest.raises(CheckpointError, match="is in use by pid"):
+            CheckpointManager(url, save_freq=1, staging_parent=tmp_path / "fourth")
