@@ -256,6 +256,7 @@ def move_aside(root: Path, paths: Sequence[Path]) -> Path:
     numbers = [int(match[1]) for match in map(_ASIDE.fullmatch, entries(root)) if match is not None]
     aside = root / f"aside-{max(numbers, default=0) + 1}"
     aside.mkdir()
+    fsync_directory(root)  # before anything is in it: a directory that a power cut takes back takes along what was moved there
     for path in paths:
         path.rename(aside / path.name)
     fsync_directory(aside)

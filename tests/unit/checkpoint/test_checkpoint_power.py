@@ -3,7 +3,7 @@
 The model knows two things. Bytes are durable after an fsync of their file; an entry (made, renamed, removed) is durable after
 an fsync of its directory. Whatever else was done may be on the disk or not, each operation by itself, so the later one of two
 may survive without the earlier one; of unsynced bytes any first part may be there, or zeros where they should be. A rename is
-one operation: both names or neither change.
+one operation, durable after an fsync of both directories: both names or neither change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentlightning.checkpoint import CheckpointFiles, CheckpointManager
+from agentlightning.checkpoint import CheckpointFiles, CheckpointManager, load
 from agentlightning.errors import CheckpointError
 
 LEASE = ".lease"  # holds no state and may be torn: test_checkpoint_lease.py
@@ -36,6 +36,7 @@ class Operation:
     name: str = ""
     target: int = -1  # link: what the name leads to
     new_name: str = ""
+    to: int = -1  # rename: the directory of the new name
     offset: int = 0
     data: bytes = b""
 
@@ -67,7 +68,7 @@ class Disk:
             names.pop(operation.name, None)
         elif operation.kind == "rename":
             names.pop(operation.name, None)
-            names[operation.new_name] = operation.target
+            self.entries[operation.to][operation.new_name] = operation.target
         elif operation.kind == "write":
             data = operation.data[: int(abs(survives) * len(operation.data))]
             if survives < 0:
@@ -183,8 +184,8 @@ class Trace:
             real(source, target)
             (directory, name), (to, new_name) = self.at(source, None), self.at(target, None)
             assert directory is not None
-            assert to == directory, "a rename from one directory into another is not in the model"
-            self.note(Operation("rename", directory, name, self.now.entries[directory][name], new_name))
+            assert to is not None
+            self.note(Operation("rename", directory, name, self.now.entries[directory][name], new_name, to))
 
         return call
 
@@ -212,7 +213,7 @@ def unsynced(operations: Sequence[Operation], fsyncs_count: bool) -> list[int]:
         operation = operations[index]
         if operation.kind == "fsync":
             synced |= {operation.inode} if fsyncs_count else set()
-        elif operation.inode not in synced:
+        elif not {operation.inode, operation.to} - {-1} <= synced:
             left.append(index)
     return left[::-1]
 
@@ -289,20 +290,39 @@ def start_again(root: Path) -> int | str:
 
 def allowed(trace: Trace, old: int, new: int) -> Callable[[int], set[int]]:
     """What may be resumed from after so many operations."""
-    record = next(i for i, operation in enumerate(trace.operations) if operation.new_name == f"global_step_{new}.pt")
-    directory = trace.operations[record].inode
+    commit = next(i for i, operation in enumerate(trace.operations) if operation.new_name == f"global_step_{new}.pt")
+    directory = trace.operations[commit].inode
     durable = next(
         index
         for index, operation in enumerate(trace.operations)
-        if index > record and operation.kind == "fsync" and operation.inode == directory
+        if index > commit and operation.kind == "fsync" and operation.inode == directory
     )
 
     def at(done: int) -> set[int]:
         if done > durable:
             return {new}
-        return {old, new} if done > record else {old}
+        return {old, new} if done > commit else {old}
 
     return at
+
+
+def record(top: Path, act: Callable[[CheckpointManager], object], saved: int, keep: int | None) -> Trace:
+    """What `act` does to a run directory that holds so many steps."""
+    root = top / "runs" / "one"
+    top.mkdir()
+    if saved:
+        with CheckpointManager(root, save_freq=1) as manager:
+            for step in range(1, saved + 1):
+                manager.save(step, state_of(step))
+    trace = Trace(top)
+    with trace.recording(), CheckpointManager(root, save_freq=1, keep=keep) as manager:
+        act(manager)
+    assert trace.now.tree() == {
+        str(path.relative_to(top)): None if path.is_dir() else path.read_bytes()
+        for path in top.rglob("*")
+        if path.name != LEASE
+    }, "the recording missed something"
+    return trace
 
 
 SCENARIOS = {"prunes": (1, 2), "resumed": (1, 2), "first": (0, 1)}
@@ -312,24 +332,14 @@ SCENARIOS = {"prunes": (1, 2), "resumed": (1, 2), "first": (0, 1)}
 def recorded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Trace, int, int]:
     """A save that also prunes the one before; one that keeps it, because it was read back; and the first of a new directory."""
     old, new = SCENARIOS[request.param]
-    top = tmp_path / "recorded"
-    root = top / "runs" / "one"
-    top.mkdir()
-    for step in range(1, new):
-        with CheckpointManager(root, save_freq=1) as manager:
-            manager.save(step, state_of(step))
-    trace = Trace(top)
-    with trace.recording(), CheckpointManager(root, save_freq=1, keep=1) as manager:
+
+    def act(manager: CheckpointManager) -> None:
         if request.param == "resumed":
             manager.load_latest()
         manager.save(new, state_of(new))
-        assert (root / f"global_step_{old}.pt").exists() == (request.param == "resumed")
-    assert trace.now.tree() == {
-        str(path.relative_to(top)): None if path.is_dir() else path.read_bytes()
-        for path in top.rglob("*")
-        if path.name != LEASE
-    }, "the recording missed something"
-    return trace, old, new
+        assert (manager.root / f"global_step_{old}.pt").exists() == (request.param == "resumed")
+
+    return record(tmp_path / "recorded", act, saved=old, keep=1), old, new
 
 
 def illegal(trace: Trace, old: int, new: int, directory: Path, fsyncs_count: bool) -> Iterator[tuple[int, int | str]]:
@@ -357,3 +367,32 @@ def test_every_legal_state_loads_the_old_or_the_new_checkpoint(recorded: tuple[T
 def test_without_the_fsyncs_there_would_be_illegal_states(recorded: tuple[Trace, int, int], tmp_path: Path) -> None:
     """Else the test above could not fail."""
     assert next(illegal(*recorded, tmp_path, fsyncs_count=False), None) is not None
+
+
+@pytest.mark.parametrize("act", ["go_back", "start_over"])
+def test_what_is_moved_aside_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    """Each checkpoint is whole in its place or in an aside directory, and the run can be started as before."""
+
+    def go_back(manager: CheckpointManager) -> None:
+        manager.load(1)
+        manager.go_on()
+
+    trace = record(tmp_path / "recorded", go_back if act == "go_back" else CheckpointManager.start_over, saved=3, keep=None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    trees = {frozenset(tree.items()): tree for _, tree in after_power_loss(trace, fsyncs_count=True)}
+    assert len(trees) > 20
+    for number, tree in enumerate(trees.values()):
+        put(tree, tmp_path / str(number))
+        root = tmp_path / str(number) / "runs" / "one"
+        for step in (1, 2, 3):
+            places = [path for path in (root, *root.glob("aside-*")) if (path / f"global_step_{step}").exists()]
+            assert len(places) == 1
+            assert load(places[0] / f"global_step_{step}").json == state_of(step).json
+        with CheckpointManager(root, save_freq=1) as manager:
+            if act == "go_back":
+                assert manager.load(1).step == 1
+                manager.go_on()
+                assert [path.name for path in root.glob("*.pt")] == ["global_step_1.pt"]
+            else:
+                manager.start_over()
+                assert manager.load_latest() is None
