@@ -9,9 +9,11 @@ rounds of its ratio to the floor of the same round, with the smallest and larges
 
 State: `lora_A` and `lora_B` of seven modules in 36 layers of a Qwen3 with hidden size 4096, with Adam's two averages and
 step, float32 on the CPU, of the rank that gives the size. All use the same number of torch threads. The page cache is kept as
-it is: what is read was written just before. Before each turn that writes, what is dirty is written back (`sync`).
+it is: what is read was written just before. Before each turn dirty pages are written (`sync`), and as much memory as the state
+has is touched and freed: in a virtual machine its first use would otherwise be charged to who comes first.
 
-- Blocked: `free_buffer`, copy, `start_save`; DCP's until `async_save` has returned. Floor: one copy between touched arrays.
+- Blocked: `free_buffer`, copy, `start_save`; DCP's until `async_save` returns. Floor: a copy between touched arrays. Of the
+  copies, which take milliseconds, the median of five counts.
 - Durable save: write, digests, fsync, manifest, record, renames, from the filled buffer to the commit; the line below also has
   the copy before and the pruning after. Floor: the same bytes in blocks of 8 MiB, fsync, rename. CPU is of all that.
 - Worst step: steps of about 20 ms of small matrix products, as long as a save is written behind them.
@@ -171,8 +173,9 @@ class Work:
         return time.perf_counter() - start
 
 
-def seconds_of(job: Callable[[], object]) -> float:
+def seconds_of(job: Callable[[], object], prepare: Callable[[], object] = gc.collect) -> float:
     """What it returns is freed after the clock has stopped."""
+    prepare()
     start = time.perf_counter()
     result = job()
     seconds = time.perf_counter() - start
@@ -228,7 +231,8 @@ class Bench:
         memory = self._memory_turns(number)
         behind = in_turns(number, {"no save": self.no_save, "ours": self.save_behind, "DCP async": self.dcp_behind})
         floor = memory.pop("memcpy")
-        add("blocked", {"ours": behind["ours"].blocked / floor, "DCP async": behind["DCP async"].blocked / floor})
+        memory["ours"] += behind["ours"].blocked
+        memory["DCP async"] = behind["DCP async"].blocked
         add("blocked", {name: seconds / floor for name, seconds in memory.items()})
         add("worst", {"ours": behind["ours"].worst_step / behind["DCP async"].worst_step})
         add("worst_usual", {name: cost.worst_step / behind["no save"].wall for name, cost in behind.items()})
@@ -241,11 +245,10 @@ class Bench:
         add("cpu", {name: cost.cpu / raw.cpu for name, cost in saves.items()})
 
         peer_loads = {"safetensors": self.safetensors_load, "torch.load": self.torch_load, "DCP": self.dcp_load}
-        small = {"raw, small buffer": self.raw_read_small, "verify": self.verify}
-        reads = {"raw": self.raw_read, "ours": self.load, **small, **peer_loads}
-        loads = in_turns(number, {name: lambda read=read: seconds_of(read) for name, read in reads.items()})
+        reads = {"raw": self.raw_read, "ours": self.load, "verify": self.verify, **peer_loads}
+        loads = in_turns(number, {name: lambda read=read: seconds_of(read, self.settle) for name, read in reads.items()})
         floor = loads.pop("raw")
-        add("verify", {"ours": floor / loads.pop("verify"), "raw read, small buffer": floor / loads.pop("raw, small buffer")})
+        add("verify", {"ours": floor / loads.pop("verify")})
         add("load", {name: seconds / floor for name, seconds in loads.items()})
 
         self._remove("safetensors", "torch", "dcp")
@@ -253,15 +256,23 @@ class Bench:
         add("overhead", {"ours": (steps["with"].wall - steps["without"].wall) / TRAIN_STEP_S})
         add("overhead_cpu", {"ours": (steps["with"].cpu - steps["without"].cpu) / TRAIN_STEP_S})
 
-    # ---- blocked, and the steps behind
-
     def _memory_turns(self, number: int) -> dict[str, float]:
-        """Seconds of one copy between two touched arrays, and of cloning each tensor."""
+        """Seconds of a copy between two touched arrays, of cloning each tensor and of our copy; medians of a few."""
         whole = np.concatenate(list(self.snapshots[0].files().values()))
         spare = np.full(len(whole), 1, np.uint8)
+        jobs = {
+            "memcpy": lambda: np.copyto(spare, whole),
+            "clone": lambda: list(map(torch.clone, self.flat.values())),
+            "ours": self.copy,
+        }
+        turns = [in_turns(number + i, {name: lambda job=job: seconds_of(job) for name, job in jobs.items()}) for i in range(5)]
+        return {name: statistics.median(turn[name] for turn in turns) for name in jobs}
 
-        jobs = {"memcpy": lambda: np.copyto(spare, whole), "clone": lambda: [tensor.clone() for tensor in self.flat.values()]}
-        return in_turns(number, {name: lambda job=job: seconds_of(job) for name, job in jobs.items()})
+    def copy(self) -> int:
+        """Ours; the host buffer it is in."""
+        buffer = self.manager.free_buffer()
+        self.snapshots[buffer].copy_from(self.state)
+        return buffer
 
     def no_save(self) -> Cost:
         """The usual step and the worst of some, nothing behind them."""
@@ -270,18 +281,17 @@ class Bench:
 
     def save_behind(self) -> Cost:
         """Copy, start the save, and work until it is durable."""
-        os.sync()
+        self.settle()
         start = time.perf_counter()
-        self.start_save()
-        blocked, steps = time.perf_counter() - start, [self.work.step()]
+        handed_over, steps = self.start_save(), [self.work.step()]
         while not (outcomes := self.manager.collect()):
             steps.append(self.work.step())
         assert outcomes[0].saved is not None, self.manager.failed
-        return Cost(time.perf_counter() - start, blocked=blocked, worst_step=max(steps))
+        return Cost(time.perf_counter() - start, blocked=handed_over, worst_step=max(steps))
 
     def dcp_behind(self) -> Cost:
         """The same with DCP's thread."""
-        os.sync()
+        self.settle()
         start = time.perf_counter()
         future = dcp.async_save(self.flat, checkpoint_id=self.directory / "dcp", no_dist=True)
         blocked, steps = time.perf_counter() - start, [self.work.step()]
@@ -292,13 +302,13 @@ class Bench:
         self._remove("dcp")
         return cost
 
-    def start_save(self) -> None:
-        """What blocks a training step."""
+    def start_save(self) -> float:
+        """What blocks a training step, and what the copy was not of that."""
         self.step += 1
-        buffer = self.manager.free_buffer()
-        self.snapshots[buffer].copy_from(self.state)
+        buffer, start = self.copy(), time.perf_counter()
         documents = {"trainer_state.json": {"global_step": self.step}, "actor/adapter_config.json": {"peft_type": "LORA"}}
         self.manager.start_save(self.step, CheckpointFiles({}, parts=Part(self.snapshots[buffer]), json=documents), buffer)
+        return time.perf_counter() - start
 
     def long_step(self) -> Cost:
         """A training step: its wall, and the CPU time of this thread."""
@@ -309,17 +319,20 @@ class Bench:
 
     def long_step_saving(self) -> Cost:
         """A training step, with the save of the one before."""
-        os.sync()
+        self.settle()
         start, cpu = time.perf_counter(), time.thread_time()
         self.start_save()
         self.long_step()
         assert self.manager.drain()[0].saved is not None, self.manager.failed
         return Cost(time.perf_counter() - start, time.thread_time() - cpu)
 
-    # ---- saves
+    def settle(self) -> None:
+        """Before a turn: nothing is dirty, and the pages that it will ask for were in use before."""
+        os.sync()
+        np.full(self.bytes, 1, np.uint8)
 
     def _timed(self, save: Callable[[], object]) -> Cost:
-        os.sync()
+        self.settle()
         cpu, start = cpu_seconds(), time.perf_counter()
         save()
         return Cost(time.perf_counter() - start, cpu_seconds() - cpu)
@@ -377,8 +390,6 @@ class Bench:
         """It has an fsync of its own."""
         return self._timed(lambda: dcp.save(self.flat, checkpoint_id=self.directory / "dcp", no_dist=True))
 
-    # ---- loads
-
     def _paths(self) -> list[Path]:
         return [self.directory / "run" / f"global_step_{self.step}" / relative for relative in self.state]
 
@@ -392,14 +403,6 @@ class Bench:
                 while done < len(buffers[-1]):
                     done += file.readinto(buffers[-1].data[done : done + BLOCK])
         return buffers
-
-    def raw_read_small(self) -> None:
-        """The same into one buffer of a MiB, over and over: no page is touched first."""
-        buffer = memoryview(bytearray(1 << 20))
-        for path in self._paths():
-            with open(path, "rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
 
     def load(self) -> object:
         """Ours."""
