@@ -67,9 +67,17 @@ Report = Callable[..., object]
 # ---- the toy
 
 
+def beginning(numbers: int) -> np.ndarray:
+    """The state before the first step."""
+    return np.arange(numbers, dtype=np.int32)
+
+
 def evolve(weights: np.ndarray, step: int) -> np.ndarray:
-    """The state after `step` from the one before it; every number depends on all steps so far."""
-    return weights * np.float32(0.9) + np.cos(np.arange(len(weights), dtype=np.float32) * np.float32(step % 1009))
+    """The state after `step` from the one before it; every number depends on each step so far, and overflows by intent.
+
+    It takes a fraction of the time of a save, so that most kills meet a save.
+    """
+    return weights * np.int32(1664525) + np.int32(1013904223 + step % 10**9)
 
 
 def fingerprint(weights: np.ndarray) -> str:
@@ -86,7 +94,7 @@ class NeverKilled:
     _known: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._weights = np.zeros(self.numbers, np.float32)
+        self._weights = beginning(self.numbers)
         self._known = [fingerprint(self._weights)]
 
     def after(self, step: int) -> str:
@@ -105,7 +113,7 @@ def files_of(weights: np.ndarray, step: int) -> CheckpointFiles:
 def resume(manager: CheckpointManager, numbers: int, report: Report) -> tuple[np.ndarray, int]:
     """Go on from what is there, and tell from where, with what state, and what lies around that should not."""
     loaded = manager.load_latest()
-    weights = np.zeros(numbers, np.float32) if loaded is None else np.array(loaded.tensors[WEIGHTS]["weights"])
+    weights = beginning(numbers) if loaded is None else np.array(loaded.tensors[WEIGHTS]["weights"])
     step = 0 if loaded is None else loaded.step
     wrong = leftovers(manager.root)
     if loaded is not None and (loaded.skipped or loaded.json[STATE] != {"step": step}):
@@ -286,7 +294,7 @@ def flip_bits(root: Path, flips: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     with CheckpointManager(root, save_freq=1) as manager:
         for step in (1, 2):
-            manager.save(step, files_of(np.full(64, step, np.float32), step))
+            manager.save(step, files_of(evolve(beginning(64), step), step))
     files = [root / "global_step_2.pt", *sorted(path for path in (root / "global_step_2").rglob("*") if path.is_file())]
     sizes = [path.stat().st_size for path in files]
     problems = []
@@ -391,7 +399,7 @@ def kill_another(
     resumed = 0
 
     def run(root: Path, report: Report) -> None:
-        weights = np.zeros(NUMBERS, np.float32)
+        weights = beginning(NUMBERS)
         for step in count(1):
             weights = evolve(weights, step)
             save_as(root, weights, step)
@@ -464,7 +472,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         # What the first save and load import, no child has to. Flips come last: what forks should have no threads.
-        save(Path(directory) / "warm", "global_step_1", 1, files_of(np.zeros(4, np.float32), 1))
+        save(Path(directory) / "warm", "global_step_1", 1, files_of(beginning(4), 1))
         find_valid(Path(directory) / "warm")
         gc.freeze()  # children leave those pages alone
         for name, part in (("kills", kills), ("sequences", sequences), ("flips", flips)):
