@@ -9,8 +9,8 @@ rounds of its ratio to the floor of the same round, with the smallest and larges
 
 State: `lora_A` and `lora_B` of seven modules in 36 layers of a Qwen3 with hidden size 4096, with Adam's two averages and
 step, float32 on the CPU, of the rank that gives the size. All use the same number of torch threads. The page cache is kept as
-it is: what is read was written just before. Before each turn dirty pages are written (`sync`), and as much memory as the state
-has is touched and freed: in a virtual machine its first use would otherwise be charged to who comes first.
+it is: what is read was written just before. Before each turn dirty pages are written (`sync`), and twice the memory of the state
+is touched and freed: in a virtual machine its first use would otherwise be charged to who comes first.
 
 - Blocked: `free_buffer`, copy, `start_save`; DCP's until `async_save` returns. Floor: a copy between touched arrays. Of the
   copies, which take milliseconds, the median of five counts.
@@ -329,7 +329,7 @@ class Bench:
     def settle(self) -> None:
         """Before a turn: nothing is dirty, and the pages that it will ask for were in use before."""
         os.sync()
-        np.full(self.bytes, 1, np.uint8)
+        np.full(2 * self.bytes, 1, np.uint8)
 
     def _timed(self, save: Callable[[], object]) -> Cost:
         self.settle()
