@@ -9,7 +9,7 @@ rounds of its ratio to the floor of the same round, with the smallest and larges
 
 State: `lora_A` and `lora_B` of seven modules in 36 layers of a Qwen3 with hidden size 4096, with Adam's two averages and
 step, float32 on the CPU, of the rank that gives the size. All use the same number of torch threads. The page cache is kept as
-it is: what is read was written just before. Before each turn dirty pages are written (`sync`), and twice the memory of the state
+it is: what is read was written just before. Before each turn dirty pages are written (`sync`), and twice the memory of a state
 is touched and freed: in a virtual machine its first use would otherwise be charged to who comes first.
 
 - Blocked: `free_buffer`, copy, `start_save`; DCP's until `async_save` returns. Floor: a copy between touched arrays. Of the
