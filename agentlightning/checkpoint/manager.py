@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +21,10 @@ from agentlightning.checkpoint.history import RunHistory
 from agentlightning.checkpoint.interval import AutoInterval, Choice
 from agentlightning.checkpoint.lease import Lease
 from agentlightning.checkpoint.record import RECORD_SUFFIX, CheckpointRecord, list_records
-from agentlightning.checkpoint.remote import SMALL_FILES, Mirror, is_url, staging_for
+from agentlightning.checkpoint.remote import SMALL_FILES, Mirror, PushStats, is_url, staging_for
 from agentlightning.checkpoint.retention import (
     RetentionPolicy,
+    discard,
     mark_verified,
     metric_of,
     name_of,
@@ -94,23 +95,25 @@ class CheckpointManager:
         self.choice = None
         self._went_back_to: str | None = None
         self._resumed_step: int | None = None  # what is later than this is still to be moved aside
+        self._began_with: LoadedCheckpoint | None = None
         self._verified: CheckpointRecord | None = None  # what was loaded: every byte of it was read and checked
         self._started_step = 0  # the last one that was resumed from, or of which a save was started
         self._durable_since = time.monotonic()
         self._auto = AutoInterval()
         made = missing_directories(self.root)
+        self.mirror: Mirror | None = None
         self.lease = Lease(self.root)
         try:
             with _changing(self.root):
                 fsync_entries(made)
                 remove_leftovers(self.root)
-            self.mirror = Mirror(url, self.root) if url is not None else None
-            if self.mirror is not None:
+            if url is not None:
+                self.mirror = Mirror(url, self.root)
                 self.mirror.pull_index()
             with _changing(self.root):
                 self.history = RunHistory(self.root)
         except BaseException:
-            self.lease.release()
+            self._release()
             raise
         self._writer = BackgroundWriter()
 
@@ -187,10 +190,20 @@ class CheckpointManager:
         saved = store.save(self.root, name_of(step), step, files, algorithm=self.digest, committing=self.lease.committing)
         notes = self._point_at(step)
         if self.mirror is not None:
-            pushed = self.mirror.push(saved.name, SMALL_FILES)
+            pushed = self._push(saved.name)
             saved = replace(saved, seconds=saved.seconds + pushed.seconds)
         self._durable_since = taken_at
         return replace(saved, notes=(*saved.notes, *notes, *self._prune(step)))
+
+    def _push(self, name: str) -> PushStats:
+        """Make it count at the URL. If that fails it is taken back here as well: then the same step can be tried again."""
+        assert self.mirror is not None
+        try:
+            return self.mirror.push(name, SMALL_FILES)
+        except CheckpointError:
+            with suppress(OSError):
+                discard(self.root, [name])
+            raise
 
     def _point_at(self, step: int) -> list[str]:
         """verl's pointer; what fails here, or in `_prune`, costs no checkpoint, so it is only reported."""
@@ -221,6 +234,20 @@ class CheckpointManager:
         loaded = store.find_valid(self.root, self._fetch)
         self._went_back_to = None
         return self._resumed(loaded, own=True)
+
+    def load_again(self) -> LoadedCheckpoint | None:
+        """Where a run goes on that lost its workers: the newest checkpoint here, else what the run itself began with.
+
+        None if it began with nothing and has saved nothing. Saves that failed before, and what they were of, are forgotten.
+        """
+        self._writer.wait()
+        loaded = store.find_valid(self.root, self._fetch)
+        self.last, self.failed = None, None
+        if loaded is None:
+            return self._began_with
+        self._resumed_step, self._started_step = loaded.step, loaded.step
+        self._verified = loaded.record
+        return loaded
 
     def load(self, which: str | int) -> LoadedCheckpoint:
         """The checkpoint that `trainer.resume_from_path` names (see `store.resolve`), or the `best` one.
@@ -269,6 +296,7 @@ class CheckpointManager:
         self._resumed_step = None if loaded is None else loaded.step if own else -1
         self._started_step = 0 if loaded is None else loaded.step
         self._verified = loaded.record if loaded is not None and own else None
+        self._began_with = loaded
         return loaded
 
     def go_on(self) -> Path | None:
@@ -309,9 +337,12 @@ class CheckpointManager:
         except UserError as error:
             log.warning("%s", error)
         finally:
-            if self.mirror is not None:
-                self.mirror.release()
-            self.lease.release()
+            self._release()
+
+    def _release(self) -> None:
+        if self.mirror is not None:
+            self.mirror.release()
+        self.lease.release()
 
     def __enter__(self) -> CheckpointManager:
         return self

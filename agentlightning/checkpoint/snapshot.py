@@ -51,6 +51,8 @@ class HostSnapshot:
         on_gpu = any(source.is_cuda for source in sources)
         if shapes != self._shapes or on_gpu != self._pinned:
             self._allocate(shapes, on_gpu)
+        if not sources:  # more writers than there is to write
+            return
         # One call for all tensors: thousands of small ones would otherwise cost more in Python than in bytes.
         with torch.no_grad():
             torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage] - optimizers and FSDP use it, there is no other

@@ -26,7 +26,7 @@ from agentlightning.checkpoint.manager import CheckpointManager
 from agentlightning.checkpoint.preemption import EXIT_CODE, SIGNALS, Preempted, Preemption
 from agentlightning.checkpoint.remote import is_url, mask
 from agentlightning.checkpoint.store import LoadedCheckpoint
-from agentlightning.errors import WorkerError
+from agentlightning.errors import AgentLightningError, WorkerError
 from agentlightning.types import Prompt
 from agentlightning.verl.assembly import Placement, load_workers, place_workers
 from agentlightning.verl.console import Console, Summary, core_validation, make_console
@@ -59,10 +59,14 @@ def launch(config: Config) -> int:
     trainer = config.trainer
     stop = Preemption(trainer.max_run_seconds, instant(trainer.must_save_by))
     stop.install()
+    # Before any thread or process is made, for they inherit it: Ray's own must not be taken away by a scheduler that signals
+    # the whole session, before what the workers hold is saved; and `ray.init` must not meet a signal half-way.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     exit_code = 1
     try:
         exit_code = _hold_directory_and_run(config, stop, started)
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if trainer.backend == "ray":
             _leave_ray(exit_code)
     return exit_code
@@ -153,13 +157,26 @@ def _fit(trainer: AgentLightningTrainer) -> int:
     exit_code, how = 1, "failed"
     try:
         exit_code, how = _fit_through_deaths(trainer)
+    except Exception:
+        _keep_what_is_finished(trainer)
+        raise
     finally:
-        trainer.tracking.finish(exit_code)
-        with _harmless(trainer.console):
+        with _harmless("attempts.jsonl", trainer.console):
             trainer.checkpoints.history.end(how, trainer.state.global_step)
         if exit_code != EXIT_CODE:  # the workers of a run that leaves may be in the middle of something: they go with Ray
             trainer.group.close()
+        with _harmless("the last of metrics.jsonl and reward.png", trainer.console):
+            trainer.tracking.finish(exit_code)
     return exit_code
+
+
+def _keep_what_is_finished(trainer: AgentLightningTrainer) -> None:
+    """An error ends the run: the step before it is worth keeping, and must not hide the error if it cannot be kept."""
+    try:
+        step = trainer.leave()
+        trainer.console.note(f"the state after step {step} is durable" if step else "no step was finished")
+    except AgentLightningError as error:
+        trainer.console.warning(str(error))
 
 
 def _fit_through_deaths(trainer: AgentLightningTrainer) -> tuple[int, Ending]:
@@ -175,6 +192,7 @@ def _fit_through_deaths(trainer: AgentLightningTrainer) -> tuple[int, Ending]:
                 return 0, "finished"
             except WorkerError as error:
                 deaths, alive = deaths + 1, False
+                trainer.settle()
                 if deaths > limit:
                     raise
                 trainer.console.warning(f"{error}\nstarting the workers again, {deaths} of trainer.max_restarts={limit}")
@@ -188,28 +206,33 @@ def _fit_through_deaths(trainer: AgentLightningTrainer) -> tuple[int, Ending]:
 def _start_workers_again(trainer: AgentLightningTrainer) -> None:
     """New workers in the place of those of which one died, at the last checkpoint."""
     config, checkpoints = trainer.config, trainer.checkpoints
-    with _harmless(trainer.console):
+    with _harmless("attempts.jsonl", trainer.console):
         checkpoints.history.worker_died()
     trainer.group.close()
+    loaded = checkpoints.load_again()
     placement, workers = place_workers(config, checkpoints.root, trainer.stop)
-    loaded = checkpoints.load_latest()
-    group = load_workers(config, placement, workers, trainer.total_steps, checkpoints.root / LEASE_FILE, trainer.stop)
+    try:
+        group = load_workers(config, placement, workers, trainer.total_steps, checkpoints.root / LEASE_FILE, trainer.stop)
+    except BaseException:
+        if workers is not None:
+            workers.close()
+        raise
     checkpoints.go_on()
     trainer.restart(group, loaded)
 
 
 @contextmanager
-def _harmless(console: Console) -> Iterator[None]:
-    """The history of starts only steers how often is saved: a disk that refuses it is no reason to end a run."""
+def _harmless(what: str, console: Console) -> Iterator[None]:
+    """What is written beside the checkpoints: a disk that refuses it is no reason to end a run, or to hide why one ends."""
     try:
         yield
     except OSError as error:
-        console.warning(f"attempts.jsonl was not written: {error}")
+        console.warning(f"{what} could not be written: {error}")
 
 
 def _begin_history(checkpoints: CheckpointManager, attempt: int, console: Console) -> None:
     previous = checkpoints.lease.previous
-    with _harmless(console):
+    with _harmless("attempts.jsonl", console):
         checkpoints.history.begin(attempt, previous.last_beat if previous is not None else None)
 
 
@@ -297,7 +320,7 @@ def _load_data_while_ray_starts(config: Config, run_dir: Path, stop: Preemption)
             start_ray(config.ray_kwargs.ray_init, cpus=(trainer.n_gpus_per_node or 1) * trainer.nnodes)
             # Once more: `ray.init` sets a handler of its own, after which a signal aborts whatever uses Ray.
             stop.install()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         stop.check()
         placement, workers = place_workers(config, run_dir, stop)
         return future.result(), placement, workers

@@ -159,7 +159,10 @@ class Tracking:
         if self._wandb is not None and step >= self._wandb.step:
             self._wandb.log(dict(metrics), step=step)
         if self.trouble is None and time.monotonic() - self._last_picture > _SECONDS_BETWEEN_PICTURES:
-            self.draw()
+            try:
+                self.draw()
+            except OSError as error:
+                self.trouble = f"{self.picture} could not be drawn ({error.strerror or error})"
 
     def draw(self) -> None:
         """Bring reward.png up to date."""

@@ -20,7 +20,7 @@ from agentlightning.checkpoint.manager import METRICS, CheckpointManager
 from agentlightning.checkpoint.preemption import Preemption
 from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, PartWriter
 from agentlightning.checkpoint.writer import Outcome
-from agentlightning.errors import CheckpointError, NumericsError
+from agentlightning.errors import CheckpointError, NumericsError, WorkerError
 from agentlightning.types import Batch, Completion, Prompt
 from agentlightning.verl.batching import KLController, MiniBatchPlan, make_batch, rollout_probs_diff, with_advantages
 from agentlightning.verl.console import Console, StartInfo, core_validation
@@ -40,6 +40,8 @@ from agentlightning.verl.schema import AlgorithmConfig, Config
 from agentlightning.verl.state import TrainerState, checkpoint_files, restore
 from agentlightning.verl.tracking import Tracking
 from agentlightning.workers.group import WorkerGroup
+
+_SLOW_DISK = 50e6  # bytes a second that a save is expected to take before one was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +109,23 @@ class AgentLightningTrainer:
 
         That state lies in a host buffer, so nothing has to be waited for. Raises `CheckpointError` if it cannot be saved.
         """
-        step = self.loaded.step if self.loaded is not None else 0
-        if self.finished is not None:
-            step = self.finished.step
-            self._hear_of_saves(self.checkpoints.drain())
-            if not self.checkpoints.is_safe(step):
-                self.checkpoints.start_save(step, self.finished.files, self.finished.buffer)
-        self._finish_saving()
-        self.state.global_step = step
-        return step
+        self._hear_of_saves(self.checkpoints.drain())
+        if self.finished is not None and not self.checkpoints.is_safe(self.finished.step):
+            self.checkpoints.start_save(self.finished.step, self.finished.files, self.finished.buffer)
+            self._finish_saving()
+        durable = self.checkpoints.last or self.loaded
+        self.state.global_step = durable.step if durable is not None else 0
+        return self.state.global_step
+
+    def settle(self) -> None:
+        """Hear of the saves in flight when workers died, and of those that died with them."""
+        self.finished = None  # what it stands for is gone
+        while True:
+            try:
+                self._hear_of_saves(self.checkpoints.drain())
+                return
+            except WorkerError as error:
+                self.console.warning(str(error))
 
     def restart(self, group: WorkerGroup, loaded: LoadedCheckpoint | None) -> None:
         """Take over workers that know nothing yet; `fit` then goes on from `loaded`, or from the start."""
@@ -126,6 +136,9 @@ class AgentLightningTrainer:
 
     def _finish_saving(self) -> None:
         self._hear_of_saves(self.checkpoints.drain())
+        if self.checkpoints.failed is not None and self.finished is not None:  # no next step will try it again
+            self.checkpoints.start_save(self.finished.step, self.finished.files, self.finished.buffer)
+            self._hear_of_saves(self.checkpoints.drain())
         if self.checkpoints.failed is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {self.checkpoints.failed}")
 
@@ -293,6 +306,7 @@ class AgentLightningTrainer:
             copied = time.perf_counter()
             with self.stop.deferred():
                 parts = self.group.snapshot(buffer)
+                self.stop.expect_save(parts.bytes / _SLOW_DISK)
                 self.finished = _Finished(step, self._checkpoint_files(step, metrics, parts), buffer)
             if saving:
                 self.checkpoints.start_save(step, self.finished.files, buffer)

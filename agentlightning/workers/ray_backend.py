@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from agentlightning.checkpoint.preemption import SIGNALS, Preemption
-from agentlightning.errors import AgentLightningError, CheckpointError, ConfigError, WorkerError
+from agentlightning.errors import AgentLightningError, ConfigError, WorkerError
 from agentlightning.workers.settings import WorkerSettings
 
 _PLACEMENT_TIMEOUT_S = 60.0
@@ -91,7 +91,7 @@ def _listen_for_signals() -> Future[int]:
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `start_ray` blocks them for Ray's own processes
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the controller blocks them for Ray's own processes
 
     def listen() -> None:
         signalled.set_result(os.read(receiving, 1)[0])
@@ -148,10 +148,9 @@ class RayWorkers:
         try:
             return ray.get(beside)
         except RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            raise cause from None
+            raise _cause(error) from None
         except RayError as error:
-            raise CheckpointError(f"a worker died before its part was written: {_first_words(error)}") from None
+            raise WorkerError(f"a worker died before its part was written: {_first_words(error)}") from None
 
     def close(self) -> None:
         """Kill the workers and give their resources back."""
@@ -178,10 +177,10 @@ class RayWorkers:
                 self.stop.check()
             return ray.get(list(references))
         except RayTaskError as error:
-            self._demand_that_all_live(error)
-            cause = error.cause
-            raise (cause if isinstance(cause, AgentLightningError) else error.as_instanceof_cause()) from None
-        except RayActorError as error:
+            if not isinstance(error.cause, AgentLightningError):
+                self._demand_that_all_live(error)
+            raise _cause(error) from None
+        except RayError as error:
             raise WorkerError(f"a worker died: {_first_words(error)}\n{self._last_words()}") from None
 
     def _demand_that_all_live(self, error: RayTaskError) -> None:
@@ -218,9 +217,6 @@ def start_ray(init: Mapping[str, Any], cpus: int) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": False,
     }
-    # Ray's processes inherit the mask: a scheduler that signals the whole session must not take the workers away before what
-    # they hold is saved. Signals to this process wait until Ray is up.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     ray.init(**{**defaults, **init})
 
 
@@ -230,12 +226,12 @@ def leave_ray(timeout_s: float) -> bool:
         return True
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this is not the main thread
     # A cluster that we joined is not among them.
-    rays = [child for child in psutil.Process().children(recursive=True) if child.name().startswith(_RAYS_NAMES)]
+    rays = [child for child in psutil.Process().children(recursive=True) if _is_rays(child)]
     thread = threading.Thread(target=ray.shutdown, daemon=True)
     thread.start()
     thread.join(_GRACE_S)
     for process in rays:  # they do not hear SIGTERM, and Ray would wait for them
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             process.kill()
     thread.join(timeout_s)
     return not thread.is_alive()
@@ -266,6 +262,20 @@ def _reserve(world_size: int, gpus: int, cpus: int) -> PlacementGroup:
             "lower trainer.n_gpus_per_node"
         )
     return group
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    """The worker's own exception; what has fields of its own (errno, filename) keeps them."""
+    cause = error.cause
+    return cause if isinstance(cause, AgentLightningError | OSError) else error.as_instanceof_cause()
+
+
+def _is_rays(process: psutil.Process) -> bool:
+    """Whether it is one of Ray's own; one that has just gone is not."""
+    try:
+        return process.name().startswith(_RAYS_NAMES)
+    except psutil.Error:
+        return False
 
 
 def _first_words(error: Exception) -> str:

@@ -378,3 +378,49 @@ def test_a_url_is_a_run_directory_too(tmp_path: Path) -> None:
         assert loaded.json == files_of(60).json
         with pytest.raises(CheckpointError, match="is in use by pid"):
             CheckpointManager(url, save_freq=1, staging_parent=tmp_path / "fourth")
+
+
+def test_lost_workers_go_on_with_what_the_run_began_with(tmp_path: Path) -> None:
+    run_to(tmp_path / "other", 3)
+    run_to(tmp_path / "mine", 2)
+    with CheckpointManager(tmp_path / "mine", save_freq=1) as manager:
+        manager.load(str(tmp_path / "other" / "global_step_3"))
+        manager.go_on()
+        again = manager.load_again()  # workers died before anything was saved here
+        assert again is not None
+        assert again.step == 3
+        manager.save(4, files_of(4))
+        again = manager.load_again()
+        assert again is not None
+        assert again.step == 4
+        manager.save(5, files_of(5))
+    with CheckpointManager(tmp_path / "mine", save_freq=1) as manager:  # and the same command still goes on, not back
+        assert manager.load(str(tmp_path / "other" / "global_step_3")).step == 5
+
+
+def test_what_is_done_again_is_saved_again(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, save_freq=-1) as manager:
+        manager.save(1, files_of(1))
+        manager.save(2, files_of(2))
+        (tmp_path / "global_step_2" / "trainer_state.json").unlink()
+        again = manager.load_again()
+        assert again is not None
+        assert again.step == 1
+        manager.go_on()
+        assert manager.should_save(2, is_last=True)
+        manager.save(2, files_of(20))
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_push_that_failed_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CheckpointManager(f"memory://{tmp_path.name}/again", save_freq=1, staging_parent=tmp_path) as manager:
+        assert manager.mirror is not None
+
+        def refused(*args: object) -> None:
+            raise CheckpointError("the server says no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.mirror, "push", refused)
+            with pytest.raises(CheckpointError, match="says no"):
+                manager.save(1, files_of(1))
+        assert manager.save(1, files_of(1)).step == 1

@@ -80,7 +80,9 @@ def test_the_second_signal_leaves_at_once() -> None:
         "from agentlightning.checkpoint.preemption import Preemption\n"
         "Preemption().install()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"  # the same request, which came twice
         "print('still here', flush=True)\n"
+        "time.sleep(1.1)\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "print('never', flush=True)\n"
     )

@@ -60,6 +60,15 @@ def test_a_second_copy_reuses_the_buffer_and_other_shapes_make_a_new_one(tmp_pat
     assert safetensors.numpy.load_file(tmp_path / ADAPTER)["a"].tolist() == [1, 1]
 
 
+def test_nothing_to_write_is_no_error(tmp_path: Path) -> None:
+    snapshot = HostSnapshot()
+    snapshot.copy_from({})
+    assert snapshot.write(tmp_path, "xxh3_128") == {}
+    snapshot.copy_from({ADAPTER: {}})  # an optimizer that has not stepped yet
+    snapshot.write(tmp_path, "xxh3_128")
+    assert safetensors.numpy.load_file(tmp_path / ADAPTER) == {}
+
+
 def test_a_type_that_the_format_has_not_is_refused() -> None:
     with pytest.raises((ValueError, TypeError), match="complex64"):
         HostSnapshot().copy_from({ADAPTER: {"x": torch.zeros(2, dtype=torch.complex64)}})
