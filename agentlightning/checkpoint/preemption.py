@@ -32,11 +32,16 @@ class Preemption:
     """
 
     def __init__(
-        self, max_run_seconds: float | None = None, must_save_by: float | None = None, now: Callable[[], float] = time.time
+        self,
+        max_run_seconds: float | None = None,
+        must_save_by: float | None = None,
+        began: float | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
-        """`max_run_seconds` counts from here; `must_save_by` is an instant, in seconds since the epoch."""
+        """`max_run_seconds` counts from `began`, or else from here. It and `must_save_by` are in seconds since the epoch."""
         self._now = now
-        limits = [("trainer.max_run_seconds", now() + max_run_seconds if max_run_seconds is not None else None)]
+        start = now() if began is None else began
+        limits = [("trainer.max_run_seconds", start + max_run_seconds if max_run_seconds is not None else None)]
         limits.append(("trainer.must_save_by", must_save_by))
         self._deadlines = [(at, name) for name, at in limits if at is not None]
         self._reason: str | None = None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import yaml
 
 from agentlightning.checkpoint.files import replace_file
@@ -57,7 +58,7 @@ def launch(config: Config) -> int:
     """Train as `config` says. Returns 0, or 75 if the run was asked to leave: the same command goes on then."""
     started = time.monotonic()
     trainer = config.trainer
-    stop = Preemption(trainer.max_run_seconds, instant(trainer.must_save_by))
+    stop = Preemption(trainer.max_run_seconds, instant(trainer.must_save_by), began=psutil.Process().create_time())
     stop.install()
     # Before any thread or process is made, for they inherit it: Ray's own must not be taken away by a scheduler that signals
     # the whole session, before what the workers hold is saved; and `ray.init` must not meet a signal half-way.

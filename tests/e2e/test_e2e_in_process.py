@@ -30,7 +30,7 @@ KILLED_INSIDE = {
 
 
 @pytest.mark.parametrize("kind", KILLED_INSIDE)
-def test_ppo_killed_twice_ends_as_one_that_was_never_killed(kind, new_run):
+def test_row_adaptive_kl_resets_ppo_killed_twice_ends_as_one_that_was_never_killed(kind, new_run):
     overrides = (*PPO, f"critic.kind={kind}")
     whole, run = new_run(*overrides).start(), new_run(*overrides)
     for step, functions in KILLED_INSIDE[kind]:
@@ -45,7 +45,7 @@ def test_ppo_killed_twice_ends_as_one_that_was_never_killed(kind, new_run):
     assert len(set(coefficients)) == 5  # the adaptive controller has something to lose
 
 
-def test_killed_at_an_epochs_end_twice_in_one_epoch_and_at_the_last_step(new_run):
+def test_row_epoch_boundary_killed_there_twice_in_one_epoch_and_at_the_last_step(new_run):
     overrides = (IN_PROCESS, "data.train_max_samples=8", "trainer.total_epochs=3")  # two steps an epoch
     whole, run = new_run(*overrides).start(), new_run(*overrides)
     run.kill_inside(2, "start_save", "append")  # the epoch's last step, not yet in metrics.jsonl
@@ -59,7 +59,7 @@ def test_killed_at_an_epochs_end_twice_in_one_epoch_and_at_the_last_step(new_run
     assert len({line["training/epoch"] for line in run.lines}) == 3
 
 
-def test_a_finished_run_says_so_and_goes_on_when_more_is_asked_for(references, new_run):
+def test_row_finished_run_trains_on_it_says_so_and_goes_on_when_more_is_asked_for(references, new_run):
     run = new_run(IN_PROCESS)
     run.start("trainer.total_training_steps=3").ends()
     before = run.snapshot()
@@ -80,7 +80,7 @@ def test_a_torn_checkpoint_is_passed_over_and_done_again(references, new_run):
     run.equals(references["inprocess"])
 
 
-def test_held_by_one_run_stopped_by_a_signal_and_gone_on_with(references, new_run):
+def test_row_two_jobs_one_directory_held_by_one_run_stopped_by_a_signal_and_gone_on_with(references, new_run):
     run = new_run(IN_PROCESS)
     run.hold_in("reward", step=3)
     second = new_run(IN_PROCESS, f"trainer.default_local_dir={run.directory}").start().ends(2)
@@ -107,7 +107,7 @@ def test_a_signal_before_training_starts_ends_the_run_as_well(new_run):
     assert "Traceback" not in run.output
 
 
-def test_without_saves_a_signal_saves_and_a_second_one_leaves_at_once(references, new_run):
+def test_row_no_signal_handler_and_save_freq_needed_a_signal_saves_without_and_a_second_leaves_at_once(references, new_run):
     run = new_run(IN_PROCESS, "trainer.save_freq=-1")
     run.hold_in("reward", step=3, durable=False)
     assert not list(run.directory.glob("*.pt"))
@@ -161,7 +161,7 @@ def _spoil(weights: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def test_the_weights_and_biases_run_is_kept_over_a_kill(new_run):
+def test_row_wandb_run_lost_it_is_kept_over_a_kill(new_run):
     run = new_run(IN_PROCESS, "trainer.logger=[console,wandb]", WANDB_MODE="offline")
     run.hold_in("reward", step=3)
     run.kill()

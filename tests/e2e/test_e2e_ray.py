@@ -48,7 +48,7 @@ def test_a_signal_while_the_workers_load_the_model_ends_the_run_too(new_run):
     run.leaves_nobody_behind()
 
 
-def test_stopped_then_killed_it_ends_as_one_that_was_never_stopped(references, new_run):
+def test_row_flag_only_between_steps_stopped_in_a_rollout_it_ends_as_one_that_was_never_stopped(references, new_run):
     run = new_run("trainer.save_freq=-1")
     run.hold_in("tool", step=2, durable=False)  # the workers sample, the controller waits for them
     assert not list(run.directory.glob("*.pt"))
@@ -79,7 +79,7 @@ def test_stopped_then_killed_it_ends_as_one_that_was_never_stopped(references, n
     assert [line["training/attempt"] for line in run.lines] == [1, 2, 3, 4, 4]
 
 
-def test_a_killed_worker_is_started_again_in_the_same_run(references, new_run):
+def test_row_dead_worker_aborts_the_driver_it_is_started_again_in_the_same_run(references, new_run):
     run = new_run(TWO)
     worker = run.hold_in("tool", step=2)
     assert worker in {member.pid for member, _ in run.family}
@@ -97,7 +97,7 @@ def test_a_killed_worker_is_started_again_in_the_same_run(references, new_run):
     assert [line["training/attempt"] for line in run.lines] == [1, 2, 2, 3, 3]
 
 
-def test_a_worker_that_may_not_start_again_then_two_workers_then_one(references, new_run):
+def test_row_other_gpu_count_and_hidden_cause_a_workers_words_then_two_workers_then_one(references, new_run):
     run = new_run("trainer.max_restarts=0")
     worker = run.hold_in("tool", step=2)
     os.kill(worker, signal.SIGKILL)

@@ -161,7 +161,7 @@ def test_a_save_does_not_wait_and_a_third_one_does_not_pass_two(tmp_path: Path) 
     assert loaded.tensors[ADAPTER]["x"].tolist() == [1, 1]
 
 
-def test_closing_waits_for_what_is_in_flight(tmp_path: Path) -> None:
+def test_row_teardown_kills_a_write_in_flight_closing_waits_for_it(tmp_path: Path) -> None:
     held = Held()
     with CheckpointManager(tmp_path, save_freq=1) as manager:
         manager.start_save(1, CheckpointFiles({}, parts=held), buffer=0)
