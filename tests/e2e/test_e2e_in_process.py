@@ -124,6 +124,16 @@ def test_row_no_signal_handler_and_save_freq_needed_a_signal_saves_without_and_a
     run.equals(references["inprocess"])
 
 
+def test_row_validation_runs_again_on_every_resume_it_does_not(new_run):
+    run = new_run(IN_PROCESS, "trainer.val_before_train=true", "trainer.test_freq=1")
+    run.start("trainer.total_training_steps=1").ends()
+    assert "before training: validation" in run.stdout
+    run.start("trainer.total_training_steps=2").ends()
+    assert "before training: validation" not in run.stdout
+    assert run.steps == [0, 1, 2]
+    assert all(any(name.startswith("val-core/") for name in line) for line in run.lines)
+
+
 def test_a_deadline_ends_the_run_in_time(new_run):
     run = new_run(IN_PROCESS, "trainer.must_save_by=2026-01-31T12:00:00+00:00").start().ends(75)
     assert "stopped before training began (trainer.must_save_by)" in run.output

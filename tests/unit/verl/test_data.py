@@ -213,7 +213,7 @@ def test_an_epoch_gives_every_prompt_at_most_once_and_drops_the_rest():
     assert [data.epoch_of(step) for step in (1, 3, 4, 7)] == [0, 0, 1, 2]
 
 
-def test_the_order_is_a_pure_function_of_seed_and_step():
+def test_row_loader_workers_unresumable_the_order_is_a_pure_function_of_seed_and_step():
     def uids(seed, steps):
         data = PromptDataset(_prompts(50), 5, shuffle=True, seed=seed)
         return {step: [prompt.uid for prompt in data.step_prompts(step)] for step in steps}

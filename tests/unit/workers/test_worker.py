@@ -199,7 +199,7 @@ def test_nan_in_the_base_is_named_and_changes_nothing(settings, batch):
     assert np.array_equal(before, weights(worker))
 
 
-def test_another_version_than_asked_for_is_an_error(settings, prompts):
+def test_row_first_rollout_with_base_weights_another_version_than_asked_for_is_an_error(settings, prompts):
     worker = Worker(settings)
     worker.update_weights(3)
     with pytest.raises(StaleAdapterError, match="version 2, but the engine holds 3"):
