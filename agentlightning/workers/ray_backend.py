@@ -125,7 +125,8 @@ class RayWorkers:
         ]
         for actor in self.actors:
             actor.load_libraries.remote()
-        threading.Thread(target=self._hear_of_signals, name="worker-signals", daemon=True).start()
+        signals = [actor.wait_for_signal.options(concurrency_group=_BESIDE).remote() for actor in self.actors]
+        threading.Thread(target=self._hear_of_signals, args=(signals,), name="worker-signals", daemon=True).start()
 
     def build(self, settings: WorkerSettings) -> None:
         """Load the model on every worker, and connect them if there are several."""
@@ -158,14 +159,17 @@ class RayWorkers:
             ray.kill(actor)
         remove_placement_group(self.group)
 
-    def _hear_of_signals(self) -> None:
+    def _hear_of_signals(self, signals: list[Any]) -> None:
         """Pass on the first signal that a worker is sent, for as long as the workers live."""
-        signals = [actor.wait_for_signal.options(concurrency_group=_BESIDE).remote() for actor in self.actors]
         try:
             [first], _ = ray.wait(signals, num_returns=1)
             self.stop.request(f"{signal.Signals(ray.get(first)).name} to a worker")
         except RayError:
-            return  # they have gone, or Ray has: nobody is left to be signalled
+            return  # they have gone: nobody is left to be signalled
+        except Exception:
+            if ray.is_initialized():
+                raise
+            # Ray was shut down under this thread, and then says so in whatever way it breaks.
 
     def _wait(self, references: Sequence[Any]) -> list[Any]:
         """The answers; looks at `stop` all the while. The first failure of any worker is raised at once."""
