@@ -167,9 +167,9 @@ class RayWorkers:
         except RayError:
             return  # they have gone: nobody is left to be signalled
         except Exception:
-            if ray.is_initialized():
-                raise
-            # Ray was shut down under this thread, and then says so in whatever way it breaks.
+            if not ray.is_initialized():
+                return  # Ray was shut down under this thread, and says so in whatever way it breaks
+            raise
 
     def _wait(self, references: Sequence[Any]) -> list[Any]:
         """The answers; looks at `stop` all the while. The first failure of any worker is raised at once."""
