@@ -177,10 +177,6 @@ class WorkerGroup:
         sizes: list[int] = self.backend.call("snapshot", shares)
         return SnapshotWriter(self.backend, tuple(self._writers), buffer, sum(sizes))
 
-    def state(self) -> WorkerState:
-        """Rank 0's state, which is everyone's."""
-        return self.backend.call_first("state")
-
     def load_state(self, state: WorkerState) -> None:
         """All workers go on from `state`."""
         self._same("load_state", state)
