@@ -30,7 +30,12 @@ from agentlightning.verl.schema import Config
 __all__ = ["Config", "check_overrides", "config_dir", "leaf_keys", "load_config", "validate"]
 
 CONFIG_NAME = "trainer"
-FREE_DICTS = ("ray_kwargs.ray_init",)  # sections whose keys are somebody else's
+FREE_DICTS = (  # sections whose keys are somebody else's, or the user's own
+    "ray_kwargs.ray_init",
+    "data.mixture",
+    "reward.functions",
+    "actor_rollout_ref.model.override_config",
+)
 _PLAIN_WORDS = {
     "bool_type": "true or false",
     "dict_type": "a section of keys",
@@ -228,7 +233,8 @@ def _worded_key(key: str, details: Sequence[ErrorDetails], known: Sequence[str],
     if details[0]["type"] == "missing" and len(details[0]["loc"]) == key.count(".") + 1:
         return f"{key}: not given; set it with {key}={_as_override(_lookup(defaults, key))}"
     # A value that fits one member of a union but is out of its range is told about the range, not about the other members.
-    ranged = [d for d in details if d["type"] != "literal_error" and not d["type"].endswith("_type")] or list(details)
+    kinds = ("literal_error", "string_pattern_mismatch")
+    ranged = [d for d in details if d["type"] not in kinds and not d["type"].endswith("_type")] or list(details)
     expected = dict.fromkeys(_PLAIN_WORDS.get(detail["type"], _message(detail)) for detail in ranged)
     mended = _as_override(_lookup(defaults, key))
     return f"{key}: given {_shown(given)}, expected {' or '.join(expected)}; mend it with {key}={mended} (the default)"

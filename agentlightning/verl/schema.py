@@ -53,6 +53,8 @@ class DataConfig(Section):
     filter_overlong_prompts: bool
     truncation: Literal["error", "left", "right"]
     train_max_samples: Count | None
+    mixture: dict[str, NonNegative]
+    sampler: FunctionName | None
 
 
 class ModelConfig(Section):
@@ -63,6 +65,14 @@ class ModelConfig(Section):
     lora_rank: Count
     lora_alpha: Count
     target_modules: Text | Texts
+    exclude_modules: Text | Texts | None
+    use_rslora: bool
+    use_dora: bool
+    lora_adapter_path: Text | None
+    quantization: Literal["4bit"] | None
+    tokenizer_path: Text
+    trust_remote_code: bool
+    override_config: dict[str, Any]
     enable_gradient_checkpointing: bool
 
 
@@ -74,8 +84,23 @@ class ActorOptimConfig(Section):
     lr_warmup_steps_ratio: Fraction
     weight_decay: NonNegative
     betas: tuple[Beta, Beta]
-    lr_scheduler_type: Literal["constant", "cosine", "linear"]
+    lr_scheduler_type: Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"]
     min_lr_ratio: Fraction
+
+
+class PolicyLossConfig(Section):
+    """`actor_rollout_ref.actor.policy_loss`: which loss, and the constants of those that have any."""
+
+    loss_mode: (
+        Literal["vanilla", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "cispo", "per_rollout_mean"] | FunctionName
+    )
+    clip_cov_ratio: Fraction
+    clip_cov_lb: float
+    clip_cov_ub: float
+    kl_cov_ratio: Fraction
+    ppo_kl_coef: NonNegative
+    tau_pos: Positive
+    tau_neg: Positive
 
 
 class ActorConfig(Section):
@@ -89,6 +114,7 @@ class ActorConfig(Section):
     clip_ratio_low: Fraction
     clip_ratio_high: NonNegative
     clip_ratio_c: Annotated[float, Field(gt=1, allow_inf_nan=False)]
+    policy_loss: PolicyLossConfig
     loss_agg_mode: LossAggMode
     entropy_coeff: Annotated[float, Field(allow_inf_nan=False)]
     use_kl_loss: bool
@@ -185,6 +211,52 @@ class RewardFunctionConfig(Section):
     name: Text
 
 
+class WeightedReward(RewardFunctionConfig):
+    """One of `reward.functions`."""
+
+    path: Text | None = None
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+
+class OverlongBufferConfig(Section):
+    """`reward.overlong_buffer`: DAPO's soft punishment of long answers."""
+
+    enable: bool
+    len: Count  # tokens
+    penalty_factor: NonNegative
+
+
+class RewardConfig(Section):
+    """`reward`: how reward functions are called, and what becomes of a sample without a reward."""
+
+    functions: dict[Text, WeightedReward]
+    num_workers: Count
+    timeout_s: Positive | None
+    retries: Natural
+    on_error: Literal["stop", "zero", "mask"]
+    overlong_buffer: OverlongBufferConfig
+
+
+class FilterGroupsConfig(Section):
+    """`algorithm.filter_groups`: DAPO's dynamic sampling."""
+
+    enable: bool
+    metric: Text
+    max_num_gen_batches: Natural  # 0: no limit
+
+
+class RolloutCorrectionConfig(Section):
+    """`algorithm.rollout_correction`: importance weights and rejection between the rollout's policy and the trained one."""
+
+    rollout_is: Literal["token", "sequence"] | None
+    rollout_is_threshold: Positive
+    rollout_is_batch_normalize: bool
+    rollout_rs: Literal["token", "sequence", "geometric"] | None
+    rollout_rs_threshold: Positive
+    rollout_rs_threshold_lower: Positive | None
+    bypass_mode: bool
+
+
 class KLCtrlConfig(Section):
     """`algorithm.kl_ctrl`: the coefficient of the KL in the reward."""
 
@@ -197,10 +269,28 @@ class KLCtrlConfig(Section):
 class AlgorithmConfig(Section):
     """`algorithm`: how rewards become advantages."""
 
-    adv_estimator: Literal["gae", "grpo", "rloo"]
+    adv_estimator: (
+        Literal[
+            "gae",
+            "grpo",
+            "grpo_passk",
+            "gdpo",
+            "rloo",
+            "remax",
+            "opo",
+            "gpg",
+            "reinforce_plus_plus",
+            "reinforce_plus_plus_baseline",
+            "optimal_token_baseline",
+        ]
+        | FunctionName
+    )
     gamma: Fraction
     lam: Fraction
     norm_adv_by_std_in_grpo: bool
+    overlong_filtering: bool
+    filter_groups: FilterGroupsConfig
+    rollout_correction: RolloutCorrectionConfig
     use_kl_in_reward: bool
     kl_penalty: KLKind
     kl_ctrl: KLCtrlConfig
@@ -214,7 +304,9 @@ class TrainerConfig(Section):
     project_name: Text
     experiment_name: Text
     default_local_dir: Text
-    logger: tuple[Literal["console", "wandb"], ...]
+    logger: tuple[Literal["console", "wandb", "tensorboard", "mlflow"], ...]
+    log_val_generations: Natural
+    rollout_data_dir: Text | None
     log_rollout_freq: Natural
     nnodes: Count
     n_gpus_per_node: Count | None
@@ -224,6 +316,7 @@ class TrainerConfig(Section):
     seed: Natural
     save_freq: EveryOrNever | Literal["auto"]
     test_freq: EveryOrNever
+    val_only: bool
     val_before_train: bool
     critic_warmup: Natural
     resume_mode: Literal["auto", "disable", "resume_path"]
@@ -251,6 +344,7 @@ class Config(Section):
     actor_rollout_ref: ActorRolloutRefConfig
     critic: CriticConfig
     custom_reward_function: RewardFunctionConfig
+    reward: RewardConfig
     algorithm: AlgorithmConfig
     trainer: TrainerConfig
     ray_kwargs: RayKwargs

@@ -42,6 +42,7 @@ RULES = {  # the longest name that fits a module holds for it
     "checkpoint.record": Rule(("checkpoint", "errors"), ("numpy",), lazy=("torch",)),
     "checkpoint.remote": Rule(("checkpoint", "errors"), ("numpy",), lazy=("fsspec",)),
     "calculator": Rule(()),
+    "rewards": Rule(("rewards", "errors")),
     "models": Rule(("models", "types", "errors")),
     "rollout": Rule(("rollout", "models", "algorithms", "types", "errors")),
     # The workers hold the host buffers that a checkpoint is written from, and hear the signals that ask a run to leave.
@@ -50,7 +51,7 @@ RULES = {  # the longest name that fits a module holds for it
     "workers.actor": Rule((*WORKER_BASICS, "models", "algorithms", "types", "errors")),
     "workers.critic": Rule((*WORKER_BASICS, "workers.actor", "models", "algorithms", "types", "errors")),
     # models.chat is the tokenizer, which the controller needs as well; the model code stays with the workers.
-    "verl": Rule(("verl", "workers", "models.chat", "algorithms", "checkpoint", "types", "errors", VERSION)),
+    "verl": Rule(("verl", "workers", "models.chat", "rewards", "algorithms", "checkpoint", "types", "errors", VERSION)),
     # What is done with a run directory from outside; the command line knows the tools and how to start a run.
     "tools": Rule(("tools", "checkpoint", "verl.plot", "verl.metrics", "verl.tracking", "errors")),
     "cli": Rule(("tools", "verl.entrypoint", "verl.metrics", "errors", VERSION), ()),

@@ -153,8 +153,11 @@ def test_every_key_with_its_last_letter_doubled_is_answered_with_itself():
             "actor_rollout_ref.rollout.multi_turn.tool=calc",
             ["tool: given 'calc'", "pkg.mod:fn", "multi_turn.tool=agentlightning"],
         ),
-        ("algorithm.adv_estimator=ppo", ["given 'ppo'", "'gae', 'grpo' or 'rloo'", "algorithm.adv_estimator=grpo"]),
-        ("trainer.logger=[tensorboard]", ["trainer.logger: given 'tensorboard'", "'wandb'", "trainer.logger=[console]"]),
+        (
+            "algorithm.adv_estimator=ppo",
+            ["given 'ppo'", "'gae', 'grpo'", "'rloo'", "pkg.mod:fn", "algorithm.adv_estimator=grpo"],
+        ),
+        ("trainer.logger=[comet]", ["trainer.logger: given 'comet'", "'wandb'", "trainer.logger=[console]"]),
         ("data.train_files=null", ["data.train_files: given null", "a text or a list", "data.train_files=/"]),
         ("data.train_files=[]", ["data.train_files: given []", "not empty"]),
         ("data.max_prompt_length=null", ["data.max_prompt_length: given null", "an integer", "data.max_prompt_length=128"]),
