@@ -57,11 +57,18 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np
 
 
 def smoothed(values: np.ndarray, width: int = SMOOTHING_STEPS) -> np.ndarray:
-    """Mean of the last `width` values up to each place, or of as many as there are."""
-    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    """Mean of the last `width` values up to each place, or of as many as there are.
+
+    A value that is not finite (a null in the file) counts as not measured; NaN where none of the `width` was.
+    """
+    measured = np.isfinite(values)
+    # Without it one NaN would stay in the running sum, and so in every mean after it.
+    sums = np.concatenate([[0.0], np.cumsum(np.where(measured, values, 0.0), dtype=np.float64)])
+    counts = np.concatenate([[0], np.cumsum(measured)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    found = counts[ends] - counts[starts]
+    return np.where(found > 0, (sums[ends] - sums[starts]) / np.maximum(found, 1), np.nan)
 
 
 def resumed_at(lines: Sequence[Mapping[str, Any]]) -> list[int]:
