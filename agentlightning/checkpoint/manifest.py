@@ -162,7 +162,8 @@ def read(directory: Path) -> dict[str, Any]:
     return parse((directory / MANIFEST).read_bytes())
 
 
-def _locate(directory: Path, relative: str) -> Path:
+def locate(directory: Path, relative: str) -> Path:
+    """Where a file of the manifest lies; CheckpointError if its name or a link leads out of the checkpoint's directory."""
     path = directory / check_relative(relative)
     target = Path(os.path.realpath(path))
     if not target.is_relative_to(os.path.realpath(directory)):
@@ -174,7 +175,7 @@ def is_whole(directory: Path) -> bool:
     """The cheap check: the manifest is sealed and every file is there with its size. Digests are not looked at."""
     try:
         files = read(directory)["files"]
-        return all(_locate(directory, relative).stat().st_size == entry["size"] for relative, entry in files.items())
+        return all(locate(directory, relative).stat().st_size == entry["size"] for relative, entry in files.items())
     except (OSError, CheckpointError):
         return False
 
@@ -187,7 +188,7 @@ def verified_bytes(directory: Path, manifest: Mapping[str, Any]) -> dict[str, np
     """
     files = {relative: FileEntry.parse(relative, entry) for relative, entry in manifest["files"].items()}
     with ThreadPoolExecutor(_READERS) as readers:
-        contents = readers.map(lambda item: _verified(_locate(directory, item[0]), *item), files.items())
+        contents = readers.map(lambda item: _verified(locate(directory, item[0]), *item), files.items())
         return dict(zip(files, contents, strict=True))
 
 
