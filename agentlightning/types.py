@@ -14,15 +14,58 @@ import numpy as np
 
 StopReason = Literal["stop", "length", "turns"]
 DType = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["4bit"]
+
+
+# What an adapter may hold that is not trained here, and the value that says it holds none of it.
+_UNTRAINED: Mapping[str, Any] = {
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+}
+_LEAVES_THE_BASE_ALONE = (True, False, "gaussian", "eva", "orthogonal")  # of PEFT's init_lora_weights
 
 
 @dataclass(frozen=True, slots=True)
 class LoraShape:
-    """An adapter in PEFT's words. `target_modules` is a list of module names, or "all-linear"."""
+    """An adapter in PEFT's words. The modules are a list of names or a regular expression; "all-linear" is every linear one."""
 
     rank: int
     alpha: float
     target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    use_rslora: bool = False  # scaled by alpha / sqrt(rank) (Kalajdzievski, 2023: arXiv 2312.03732)
+    use_dora: bool = False  # a trained magnitude for each output (Liu et al., 2024: arXiv 2402.09353)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> LoraShape:
+        """The shape in an adapter_config.json. ValueError, in words, where it is not one that can be trained here."""
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"it is of PEFT's kind {config.get('peft_type')!r}; expected LORA")
+        for key, none in _UNTRAINED.items():
+            if config.get(key, none) not in (none, None):
+                raise ValueError(f"it has {key}={config[key]!r}, which is not trained here; expected an adapter without")
+        if config.get("init_lora_weights", True) not in _LEAVES_THE_BASE_ALONE:
+            raise ValueError(
+                f"it was made with init_lora_weights={config['init_lora_weights']!r}, which changes the base; expected one that "
+                "PEFT's save_pretrained has converted to plain LoRA (path_initial_model_for_weight_conversion)"
+            )
+        return cls(
+            rank=int(config["r"]),
+            alpha=float(config["lora_alpha"]),
+            target_modules=_names(config["target_modules"]) or "all-linear",
+            exclude_modules=_names(config.get("exclude_modules")),
+            use_rslora=bool(config.get("use_rslora")),
+            use_dora=bool(config.get("use_dora")),
+        )
+
+
+def _names(modules: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return modules if modules is None or isinstance(modules, str) else tuple(sorted(modules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +117,7 @@ class Completion:
     turns: tuple[Mapping[str, str], ...]  # the messages after the prompt: assistant, tool, assistant, ...
     stop_reason: StopReason
     adapter_version: int
+    from_journal: bool = False  # finished before the run was killed, and not sampled again
 
     @property
     def num_turns(self) -> int:
@@ -84,6 +128,19 @@ class Completion:
     def answer(self) -> str:
         """Text of the last assistant turn."""
         return self.turns[-1]["content"] if self.turns and self.turns[-1]["role"] == "assistant" else ""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSpec:
+    """Where the finished samples of one step are kept, and which of them are used again.
+
+    `reuse="whole"`: only if all that a worker is asked for is there. Then a resumed run has the bits of one that was never
+    stopped. `reuse="each"`: whatever is there; the rest is decoded in other batches, and its log-probabilities may differ in
+    their last bits.
+    """
+
+    directory: str
+    reuse: Literal["whole", "each"]
 
 
 @dataclass(frozen=True, slots=True)

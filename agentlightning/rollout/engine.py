@@ -20,6 +20,7 @@ from agentlightning.errors import NumericsError
 from agentlightning.models.base import output_head
 from agentlightning.models.chat import ChatRenderer
 from agentlightning.rollout.cache import RowCache
+from agentlightning.rollout.journal import RolloutJournal, SampleId
 from agentlightning.rollout.sampling import choose, random_stream
 from agentlightning.types import Completion, Prompt, SamplingParams, StopReason
 
@@ -33,9 +34,18 @@ class Engine(Protocol):
     """What the workers need of an engine."""
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seed: int, step: int, adapter_version: int
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seed: int,
+        step: int,
+        adapter_version: int,
+        journal: RolloutJournal | None = None,
     ) -> list[Completion]:
-        """`params.n` completions of each prompt, prompt by prompt."""
+        """`params.n` completions of each prompt, prompt by prompt.
+
+        With a `journal`, what it gives back is not sampled again, and what finishes is added to it.
+        """
         ...
 
 
@@ -51,12 +61,20 @@ class DecodeLoop:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seed: int, step: int, adapter_version: int
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seed: int,
+        step: int,
+        adapter_version: int,
+        journal: RolloutJournal | None = None,
     ) -> list[Completion]:
         """`params.n` completions of each prompt, prompt by prompt; a pure function of its arguments and the weights."""
-        samples = _Samples(prompts, params, seed, step)
-        _Generation(self, samples).run()
-        return samples.completions(adapter_version)
+        samples = _Samples(prompts, params, seed, step, adapter_version)
+        if journal is not None:
+            samples.restore(journal)
+        _Generation(self, samples, journal).run()
+        return samples.completions()
 
 
 class _Samples:
@@ -65,8 +83,8 @@ class _Samples:
     Tokens up to `known_N` are decided already (an observation); those up to `count_N` have been passed as input or chosen.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int, step: int) -> None:
-        self.prompts, self.params = prompts, params
+    def __init__(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int, step: int, adapter_version: int) -> None:
+        self.prompts, self.params, self.adapter_version = prompts, params, adapter_version
         total, width = len(prompts) * params.n, params.max_tokens
         self.prompt_len_N = np.repeat([len(prompt.token_ids) for prompt in prompts], params.n)
         self.last_token_N = np.repeat([prompt.token_ids[-1] for prompt in prompts], params.n)
@@ -78,6 +96,7 @@ class _Samples:
         self.turn_start_N = np.zeros(total, dtype=np.int64)
         self.turns: list[list[Mapping[str, str]]] = [[] for _ in range(total)]
         self.stop_reason: list[StopReason | None] = [None] * total
+        self.restored: Mapping[SampleId, Completion] = {}
         self.uniform_NT = np.zeros((total, width))
         if params.temperature > 0:
             for i in range(total):
@@ -102,34 +121,44 @@ class _Samples:
         self.count_N[rows] = at_R + 1
         return chosen_R
 
-    def completions(self, adapter_version: int) -> list[Completion]:
-        done: list[Completion] = []
-        for i, reason in enumerate(self.stop_reason):
-            assert reason is not None
-            length = self.count_N[i]
-            done.append(
-                Completion(
-                    uid=self.prompt(i).uid,
-                    sample_index=i % self.params.n,
-                    token_ids=self.token_NT[i, :length].copy(),
-                    mask=self.mask_NT[i, :length].copy(),
-                    logprobs=self.logp_NT[i, :length].copy(),
-                    turns=tuple(self.turns[i]),
-                    stop_reason=reason,
-                    adapter_version=adapter_version,
-                )
-            )
-        return done
+    def restore(self, journal: RolloutJournal) -> None:
+        """Take over the samples that were finished before."""
+        ids = [(self.prompt(i).uid, i % self.params.n) for i in range(len(self.turns))]
+        self.restored = journal.reusable(ids)
+        for i, sample in enumerate(ids):
+            if sample in self.restored:
+                self.stop_reason[i] = self.restored[sample].stop_reason
+
+    def completions(self) -> list[Completion]:
+        return [self.completion(i) for i in range(len(self.turns))]
+
+    def completion(self, sample: int) -> Completion:
+        """A sample that has ended."""
+        uid, index = self.prompt(sample).uid, sample % self.params.n
+        if (uid, index) in self.restored:
+            return self.restored[uid, index]
+        reason, length = self.stop_reason[sample], self.count_N[sample]
+        assert reason is not None
+        return Completion(
+            uid=uid,
+            sample_index=index,
+            token_ids=self.token_NT[sample, :length].copy(),
+            mask=self.mask_NT[sample, :length].copy(),
+            logprobs=self.logp_NT[sample, :length].copy(),
+            turns=tuple(self.turns[sample]),
+            stop_reason=reason,
+            adapter_version=self.adapter_version,
+        )
 
 
 class _Generation:
     """One call of `generate`: which samples are in the cache, and the loop over tokens."""
 
-    def __init__(self, engine: DecodeLoop, samples: _Samples) -> None:
-        self.engine, self.samples, self.params = engine, samples, samples.params
+    def __init__(self, engine: DecodeLoop, samples: _Samples, journal: RolloutJournal | None) -> None:
+        self.engine, self.samples, self.params, self.journal = engine, samples, samples.params, journal
         self.device = engine.model.device
         self.stop_ids = np.array(_stop_token_ids(engine.model, engine.renderer))
-        self.waiting = deque(range(len(samples.turns)))
+        self.waiting = deque(i for i, reason in enumerate(samples.stop_reason) if reason is None)
         self.rows = np.empty(0, dtype=np.int64)  # the sample in each row of the cache
         self.cache: RowCache | None = None
 
@@ -285,6 +314,8 @@ class _Generation:
             [row for row, sample in enumerate(self.rows) if self.samples.stop_reason[sample] is None], dtype=np.int64
         )
         if len(stay) < len(self.rows):
+            if self.journal is not None:
+                self.journal.add(self.samples.completion(sample) for sample in np.delete(self.rows, stay).tolist())
             self.rows = self.rows[stay]
             self.cache.take(torch.as_tensor(stay, device=self.device))
 

@@ -33,6 +33,7 @@ from agentlightning.verl.assembly import Placement, load_workers, place_workers
 from agentlightning.verl.console import Console, Summary, core_validation, make_console
 from agentlightning.verl.data import PromptDataset, load_prompts
 from agentlightning.verl.fingerprint import check_config, check_data, run_fingerprint
+from agentlightning.verl.journals import JOURNALS
 from agentlightning.verl.metrics import SCORE
 from agentlightning.verl.rewards import load_reward
 from agentlightning.verl.rules import derived_sizes, instant
@@ -294,7 +295,7 @@ def _find_checkpoint(checkpoints: CheckpointManager, config: Config, console: Co
 def _clear_the_way(checkpoints: CheckpointManager, config: Config, console: Console) -> None:
     """Move aside what this run does not go on from, now that nothing can be wrong with it any more."""
     if config.trainer.resume_mode == "disable":
-        aside = checkpoints.start_over(also=(METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, "config.yaml"))
+        aside = checkpoints.start_over(also=(METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, "config.yaml", JOURNALS))
     else:
         aside = checkpoints.go_on()
     if aside is not None:

@@ -154,6 +154,7 @@ class RolloutConfig(Section):
     top_p: Share
     stop: tuple[Text, ...]
     max_num_seqs: Count
+    journal: Literal["whole", "each", "off"]
     merge_lora: Literal["auto", True, False]
     log_prob_micro_batch_size_per_gpu: Count
     multi_turn: MultiTurnConfig

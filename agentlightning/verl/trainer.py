@@ -25,6 +25,7 @@ from agentlightning.types import Batch, Completion, Prompt
 from agentlightning.verl.batching import KLController, MiniBatchPlan, make_batch, rollout_probs_diff, with_advantages
 from agentlightning.verl.console import Console, StartInfo, core_validation
 from agentlightning.verl.data import PromptDataset, batches
+from agentlightning.verl.journals import StepJournals
 from agentlightning.verl.metrics import (
     ATTEMPT,
     SCORE,
@@ -81,6 +82,7 @@ class AgentLightningTrainer:
         self.adapter_configs = group.adapter_configs()
         self.finished: _Finished | None = None
         self.shown_interval = 0
+        self.journals = StepJournals(checkpoints.root, config.actor_rollout_ref.rollout.journal)
         self.state = TrainerState()
         self.kl_controller = _kl_controller(config.algorithm)
         rollout, actor, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.critic
@@ -200,9 +202,18 @@ class AgentLightningTrainer:
         self._show_rollout(step, prompts, completions, rewards.score_B)
 
     def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Completion]:
-        return self.group.generate(
-            prompts, self.config.train_sampling(), seed=self.config.trainer.seed, step=step, version=self.state.global_step
+        completions = self.group.generate(
+            prompts,
+            self.config.train_sampling(),
+            seed=self.config.trainer.seed,
+            step=step,
+            version=self.state.global_step,
+            journal=self.journals.of_step(step),
         )
+        reused = sum(completion.from_journal for completion in completions)
+        if reused:
+            self.console.note(f"step {step}: {reused} of {len(completions)} rollouts were finished before, and are used again")
+        return completions
 
     def _score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardResult:
         with self.stop.interrupting():
@@ -299,6 +310,8 @@ class AgentLightningTrainer:
         The copy is made whether it is time or not: whoever is told to leave in the middle of the next step can save this one.
         """
         self._hear_of_saves(self.checkpoints.collect())
+        durable = self.checkpoints.last or self.loaded
+        self.journals.forget(durable.step if durable is not None else 0, step)
         saving = self.checkpoints.should_save(step, is_last)
         timer = "save_checkpoint" if saving else "snapshot"
         with self._timer(timer, timing_raw):

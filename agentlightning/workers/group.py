@@ -16,7 +16,7 @@ import numpy as np
 
 from agentlightning.checkpoint.manifest import FileEntry
 from agentlightning.errors import CheckpointError, StaleAdapterError
-from agentlightning.types import Batch, Completion, Prompt, SamplingParams
+from agentlightning.types import Batch, Completion, JournalSpec, Prompt, SamplingParams
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch, WorkerState
 from agentlightning.workers.settings import WorkerSettings
 from agentlightning.workers.shards import balanced_shards, prompt_shards
@@ -94,13 +94,23 @@ class WorkerGroup:
         self._writers: list[int] = [0]
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, seed: int, step: int, version: int
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        seed: int,
+        step: int,
+        version: int,
+        journal: JournalSpec | None = None,
     ) -> list[Completion]:
-        """`params.n` completions of each prompt, prompt by prompt, by adapter `version`."""
+        """`params.n` completions of each prompt, prompt by prompt, by adapter `version`.
+
+        With a `journal`, those that finished before the run was killed are taken from it.
+        """
         lengths = np.array([len(prompt.token_ids) for prompt in prompts])
         shards = balanced_shards(lengths, self.world_size)
         answers = self.backend.call(
-            "generate", [([prompts[i] for i in shard], params, seed, step, version) for shard in shards]
+            "generate", [([prompts[i] for i in shard], params, seed, step, version, journal) for shard in shards]
         )
         result: list[Completion | None] = [None] * (len(prompts) * params.n)
         for shard, completions in zip(shards, answers, strict=True):

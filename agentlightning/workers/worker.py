@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from agentlightning.models.adapters import Adapters, MergedCopy
 from agentlightning.models.base import load_base
 from agentlightning.models.chat import ChatRenderer, load_tokenizer
 from agentlightning.rollout.engine import DecodeLoop, Engine, Tool
-from agentlightning.types import Batch, Completion, LoraShape, Prompt, SamplingParams
+from agentlightning.rollout.journal import RolloutJournal, adapter_digest, tool_digest
+from agentlightning.types import Batch, Completion, JournalSpec, LoraShape, Prompt, SamplingParams
 from agentlightning.workers.actor import Actor
 from agentlightning.workers.critic import Critic
 from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs, MiniBatch, WorkerState
@@ -67,13 +70,30 @@ class Worker:
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seed: int, step: int, version: int
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seed: int,
+        step: int,
+        version: int,
+        journal: JournalSpec | None = None,
     ) -> list[Completion]:
         """Completions by adapter `version`. Raises `StaleAdapterError` if the engine holds another one."""
         if version != self.version:
             raise StaleAdapterError(f"asked for completions of adapter version {version}, but the engine holds {self.version}")
         self.adapters.use(Actor.name)
-        return self.engine.generate(prompts, params, seed, step, version)
+        if journal is None:
+            return self.engine.generate(prompts, params, seed, step, version)
+        identity = {
+            "adapter": adapter_digest(self.actor.parameters),
+            "adapter_version": version,
+            "sampling": asdict(params),
+            "seed": seed,
+            "step": step,
+            "tool": tool_digest(self.settings.rollout.tool),
+        }
+        with closing(RolloutJournal(journal, identity)) as opened:
+            return self.engine.generate(prompts, params, seed, step, version, opened)
 
     def compute_log_prob(self, batch: Batch) -> LogProbs:
         """See `Actor.compute_log_prob`."""

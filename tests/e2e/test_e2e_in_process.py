@@ -45,6 +45,16 @@ def test_row_adaptive_kl_resets_ppo_killed_twice_ends_as_one_that_was_never_kill
     assert len(set(coefficients)) == 5  # the adaptive controller has something to lose
 
 
+def test_row_rollouts_before_the_kill_are_thrown_away_they_are_used_again(references, new_run):
+    run = new_run(IN_PROCESS)
+    run.kill_inside(3, "_update_actor")
+    run.again()
+    assert "step 3: 16 of 16 rollouts were finished before, and are used again" in run.stdout
+    assert run.stdout.count("rollouts were finished before") == 1
+    run.equals(references["inprocess"])
+    assert list((run.directory / "rollouts").glob("step_[1-4]")) == []
+
+
 def test_row_epoch_boundary_killed_there_twice_in_one_epoch_and_at_the_last_step(new_run):
     overrides = (IN_PROCESS, "data.train_max_samples=8", "trainer.total_epochs=3")  # two steps an epoch
     whole, run = new_run(*overrides).start(), new_run(*overrides)
