@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 import agentlightning
 from agentlightning.errors import ConfigError
+from agentlightning.verl.refused import why_not_here
 from agentlightning.verl.rules import check_rules
 from agentlightning.verl.schema import Config
 
@@ -148,7 +149,10 @@ def _check_model_choice(override: Override) -> None:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    """Say that `key` is not there, and which one is nearest."""
+    """Say that `key` is not there, and why not or which one is nearest."""
+    reason = why_not_here(key)
+    if reason is not None:
+        return f"{key} is a key of verl's that is not here: {reason}. All keys: python -m agentlightning.verl --cfg job"
     return f"unknown key {key!r}; did you mean {_nearest(key, known)!r}? All keys: python -m agentlightning.verl --cfg job"
 
 

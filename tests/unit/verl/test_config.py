@@ -12,7 +12,9 @@ import agentlightning
 from agentlightning.errors import ConfigError
 from agentlightning.types import SamplingParams
 from agentlightning.verl.config import check_overrides, config_dir, leaf_keys, load_config, validate
+from agentlightning.verl.refused import why_not_here
 
+VERL_KEYS = (Path(__file__).parent / "verl_keys.txt").read_text().splitlines()  # those that verl's examples set
 MODELS = ["tiny", "qwen3_0_6b", "qwen3_4b"]
 
 
@@ -214,3 +216,31 @@ def test_the_configuration_is_checked_without_torch_ray_or_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor_rollout_ref.rollout.name=vllm", "on the very weights that train"),
+        ("actor_rollout_ref.rollout.response_length=100", "data.max_response_length"),
+        ("actor_rollout_ref.actor.checkpoint.async_save=true", "behind the next step"),
+        ("actor_rollout_ref.actor.checkpoint.save_contents=[model]", "whole or it is not one"),
+        ("trainer.balance_batch=false", "always balanced"),
+        ("+trainer.balance_batch=false", "always balanced"),
+    ],
+)
+def test_a_key_of_verl_that_is_not_here_is_refused_with_the_reason(override, words):
+    with pytest.raises(ConfigError, match="is a key of verl's that is not here") as error:
+        load_config([override])
+    assert words in str(error.value)
+
+
+def test_no_refused_key_is_a_key():
+    assert [key for key in leaf_keys() if why_not_here(key) is not None] == []
+
+
+def test_every_key_that_verls_users_know_is_here_or_refused():
+    known = set(leaf_keys())
+    sections = {key.rpartition(".")[0] for key in known}
+    missing = [key for key in VERL_KEYS if key not in known and key not in sections and why_not_here(key) is None]
+    assert missing == []
