@@ -52,6 +52,10 @@ RULES = {  # the longest name that fits a module holds for it
     "workers.critic": Rule((*WORKER_BASICS, "workers.actor", "models", "algorithms", "types", "errors")),
     # models.chat is the tokenizer, which the controller needs as well; the model code stays with the workers.
     "verl": Rule(("verl", "workers", "models.chat", "rewards", "algorithms", "checkpoint", "types", "errors", VERSION)),
+    # Doors two and three. What a loop of one's own imports (types, clients) must be light; the engine holds the model code.
+    "tinker": Rule(("tinker", "workers", "rollout", "models", "algorithms", "checkpoint", "types", "errors", VERSION)),
+    "tinker.types": Rule((), ("numpy",), lazy=("torch",)),
+    "tinker.engine_api": Rule(("tinker.types",), ()),
     # What is done with a run directory from outside; the command line knows the tools and how to start a run.
     "tools": Rule(("tools", "checkpoint", "verl.plot", "verl.metrics", "verl.tracking", "errors")),
     "cli": Rule(("tools", "verl.entrypoint", "verl.metrics", "errors", VERSION), ()),
@@ -59,7 +63,8 @@ RULES = {  # the longest name that fits a module holds for it
 }
 # DESIGN lets only verl/entrypoint import verl/trainer; verl/launch is the entrypoint's heavy half, which it alone may import.
 ONLY_IMPORTER = {"verl.trainer": "verl.launch", "verl.launch": "verl.entrypoint"}
-KNOW_RAY = ("workers.ray_backend", "verl")  # what a worker holds (Actor, Critic, Engine) runs under a debugger without it
+# What a worker holds (Actor, Critic, Engine) runs under a debugger without it.
+KNOW_RAY = ("workers.ray_backend", "verl", "tinker.ray_engine")
 
 
 # ---- the checks: a folder that holds the package goes in, one line for each fault comes out
