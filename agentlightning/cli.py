@@ -10,12 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from agentlightning import __version__
 from agentlightning.errors import AgentLightningError, UserError
 
-_CHECKPOINT = "a path (RUN/global_step_40, RUN/40, a record, or RUN for its newest); with --run also a step or a name"
+_CHECKPOINT = "a path or URL (RUN/global_step_40, RUN/40, a record, or RUN for its newest); with --run also a step or a name"
 _INTERRUPTED = 130  # as a shell counts it
 
 
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints = commands.add_parser("ckpt", help="look at checkpoints, verify, compare, export and prune them")
     _add_checkpoint_commands(checkpoints.add_subparsers(required=True, metavar="COMMAND"))
     plot = commands.add_parser("plot", help="curves of several runs with their resume marks, as a PNG")
-    plot.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="run directories or URLs")
     plot.add_argument("-o", "--out", default="curves.png", metavar="FILE.png", help="the picture (default: %(default)s)")
     plot.add_argument(
         "--metric", action="append", metavar="NAME", help="of metrics.jsonl; may be repeated (default: critic/score/mean)"
@@ -69,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     ls = commands.add_parser("ls", help="a table of all that a run directory holds, and why it is kept")
-    ls.add_argument("run", metavar="RUN", help="a run directory, as trainer.default_local_dir names it")
+    ls.add_argument("run", metavar="RUN", help="a run directory or URL, as trainer.default_local_dir names it")
     ls.add_argument("--metric", metavar="NAME", help="which metric to show (default: trainer.keep_best_by, or the validation)")
     _finish(ls, _ls)
     verify = commands.add_parser("verify", help="read every byte and compare it with the manifest; exit code 1 if one is bad")
-    verify.add_argument("run", metavar="RUN", help="a run directory")
+    verify.add_argument("run", metavar="RUN", help="a run directory or URL")
     verify.add_argument("names", nargs="*", metavar="NAME", help="steps or names; all by default")
     _finish(verify, _verify)
     diff = commands.add_parser("diff", help="how two checkpoints differ: configuration, tensors, metrics")
@@ -96,7 +97,7 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.Argum
     )
     _finish(export, _export)
     prune = commands.add_parser("prune", help="remove what the run's policy does not keep")
-    prune.add_argument("run", metavar="RUN", help="a run directory that no run is using")
+    prune.add_argument("run", metavar="RUN", help="a run directory or URL that no run is using")
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     prune.add_argument("--keep", type=int, metavar="N", help="the newest N, in place of trainer.max_actor_ckpt_to_keep")
     prune.add_argument(
@@ -114,20 +115,26 @@ def _finish(parser: argparse.ArgumentParser, command: object) -> None:
 def _ls(arguments: argparse.Namespace) -> int:
     from agentlightning.tools.console import show_json, show_listing
     from agentlightning.tools.listing import list_checkpoints
-    from agentlightning.tools.runs import open_run, policy_of
+    from agentlightning.tools.places import open_places
+    from agentlightning.tools.runs import policy_of
 
-    root = open_run(arguments.run)
-    listing = list_checkpoints(root, policy_of(root), arguments.metric)
+    with open_places() as places:
+        root = places.run(arguments.run)
+        listing = list_checkpoints(root, policy_of(root), arguments.metric)
+        listing = replace(listing, run=places.shown(listing.run))
     (show_json if arguments.json else show_listing)(listing)
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from agentlightning.tools.console import show_json, show_reports
-    from agentlightning.tools.runs import open_run
+    from agentlightning.tools.places import open_places
     from agentlightning.tools.verify import verify_run
 
-    reports = verify_run(open_run(arguments.run), arguments.names)
+    with open_places() as places:
+        root = places.run(arguments.run)
+        reports = verify_run(root, arguments.names, places.remote(root))
+        reports = [replace(report, note=report.note and places.shown(report.note)) for report in reports]
     (show_json if arguments.json else show_reports)(reports)
     return 1 if any(report.state == "bad" for report in reports) else 0
 
@@ -135,47 +142,61 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _diff(arguments: argparse.Namespace) -> int:
     from agentlightning.tools.console import show_diff, show_json
     from agentlightning.tools.diff import diff_checkpoints
-    from agentlightning.tools.runs import find_checkpoint, open_run
+    from agentlightning.tools.places import open_places
 
-    run = None if arguments.run is None else open_run(arguments.run)
-    diff = diff_checkpoints(find_checkpoint(arguments.a, run), find_checkpoint(arguments.b, run))
+    with open_places() as places:
+        run = None if arguments.run is None else places.run(arguments.run)
+        diff = diff_checkpoints(places.checkpoint(arguments.a, run), places.checkpoint(arguments.b, run))
+        diff = replace(diff, a=places.shown(diff.a), b=places.shown(diff.b))
     (show_json if arguments.json else show_diff)(diff)
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from agentlightning.tools.console import show_exported, show_json
-    from agentlightning.tools.export import export_adapter, export_merged
-    from agentlightning.tools.runs import find_checkpoint, open_run
+    from agentlightning.tools.export import EXPORTED_FILES, export_adapter, export_merged
+    from agentlightning.tools.places import open_places
 
     if not arguments.merged and (arguments.base or arguments.dtype):
         raise UserError("--base and --dtype are of a merged model; expected --merged with them")
-    checkpoint = find_checkpoint(arguments.checkpoint, None if arguments.run is None else open_run(arguments.run))
-    if arguments.merged:
-        exported = export_merged(checkpoint, arguments.out, arguments.base, arguments.dtype or "float32")
-    else:
-        exported = export_adapter(checkpoint, arguments.out)
+    with open_places() as places:
+        run = None if arguments.run is None else places.run(arguments.run)
+        checkpoint = places.checkpoint(arguments.checkpoint, run, EXPORTED_FILES)
+        if arguments.merged:
+            exported = export_merged(checkpoint, arguments.out, arguments.base, arguments.dtype or "float32")
+        else:
+            exported = export_adapter(checkpoint, arguments.out)
     (show_json if arguments.json else show_exported)(exported)
     return 0
 
 
 def _prune(arguments: argparse.Namespace) -> int:
     from agentlightning.tools.console import show_json, show_pruned
-    from agentlightning.tools.prune import prune_run
-    from agentlightning.tools.runs import open_run, policy_of
+    from agentlightning.tools.places import open_places
+    from agentlightning.tools.prune import prune_remote, prune_run
+    from agentlightning.tools.runs import policy_of
 
-    root = open_run(arguments.run)
-    pruned = prune_run(root, policy_of(root, arguments.keep, arguments.best_by, arguments.every), arguments.dry_run)
+    with open_places() as places:
+        root = places.run(arguments.run)
+        policy = policy_of(root, arguments.keep, arguments.best_by, arguments.every)
+        remote = places.remote(root)
+        if remote is None:
+            pruned = prune_run(root, policy, arguments.dry_run)
+        else:
+            pruned = prune_remote(remote, policy, arguments.dry_run)
     (show_json if arguments.json else show_pruned)(pruned)
     return 0
 
 
 def _plot(arguments: argparse.Namespace) -> int:
     from agentlightning.tools.console import show_json, show_plotted
-    from agentlightning.tools.plot import plot_runs
-    from agentlightning.tools.runs import open_run
+    from agentlightning.tools.places import open_places
+    from agentlightning.tools.plot import FILES, plot_runs
     from agentlightning.verl.metrics import SCORE
 
-    plotted = plot_runs([open_run(run) for run in arguments.runs], Path(arguments.out), arguments.metric or [SCORE])
+    with open_places() as places:
+        roots = [places.run(run, FILES) for run in arguments.runs]
+        plotted = plot_runs(roots, Path(arguments.out), arguments.metric or [SCORE])
+        plotted = replace(plotted, runs=tuple(replace(run, path=places.shown(run.path)) for run in plotted.runs))
     (show_json if arguments.json else show_plotted)(plotted)
     return 0

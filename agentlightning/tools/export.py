@@ -21,6 +21,7 @@ from agentlightning.errors import CheckpointError, UserError
 from agentlightning.tools.runs import sound_manifest
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+EXPORTED_FILES = tuple(f"actor/{name}" for name in ADAPTER_FILES)  # all that is read of a checkpoint
 BASE_KEY = "base_model_name_or_path"
 SaveDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -65,7 +66,7 @@ def _adapter(checkpoint: Path) -> dict[str, Any]:
     """The verified bytes of the actor's two files by name. CheckpointError if they are not there, or not as they were saved."""
     try:
         manifest = sound_manifest(checkpoint, None)
-        wanted = {f"actor/{name}": manifest["files"].get(f"actor/{name}") for name in ADAPTER_FILES}
+        wanted = {relative: manifest["files"].get(relative) for relative in EXPORTED_FILES}
         if missing := [relative for relative, entry in wanted.items() if entry is None]:
             raise CheckpointError(f"it holds no {missing[0]}; expected an adapter in PEFT's layout under actor/")
         contents = manifests.verified_bytes(checkpoint, {**manifest, "files": wanted})

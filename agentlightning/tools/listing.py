@@ -124,7 +124,7 @@ def _without_record(root: Path) -> dict[str, str]:
     """Directories that are named as checkpoints and have no record, with what they are."""
     names = [name for name in entries(root) if step_of(name) is not None and (root / name).is_dir()]
     return {
-        name: "what a dead save or prune left; it goes at the next start"
+        name: "a save or prune is under way, or died; then it goes at the next start"
         if is_leftover(root, name)
         else f"a directory without its record {name}{RECORD_SUFFIX}"
         for name in names

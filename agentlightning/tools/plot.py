@@ -26,6 +26,8 @@ from agentlightning.verl.tracking import METRICS_FILE, MetricsFile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FILES = (METRICS_FILE,)  # all that is read of a run
+
 # Okabe and Ito's colours, which the colour-blind tell apart as well; further runs get other line styles.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")

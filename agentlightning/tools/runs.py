@@ -1,4 +1,5 @@
 """Which run or checkpoint a person means. Words of a command line enter; a directory leaves, or an error says what is there.
+Those at a URL are for places.py.
 
 Also the policy by which a run keeps checkpoints, read from its own `config.yaml`, so that the tools judge as the run does.
 """
@@ -20,13 +21,14 @@ from agentlightning.checkpoint.store import resolve
 from agentlightning.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
+_FILE_URL = "file://"
 _OF_RESUMING = "trainer.resume_from_path="  # how `resolve` begins what it says: it was given by the command line here
 
 
 def open_run(text: str) -> Path:
     """The run directory that `text` names; CheckpointError if there is none."""
-    if "://" in text:
-        raise CheckpointError(f"{text} is a URL; expected a local run directory, such as trainer.default_local_dir names it")
+    if text.startswith(_FILE_URL):
+        raise CheckpointError(f"{text} is a URL of a local directory; expected its path, {text.removeprefix(_FILE_URL)}")
     path = Path(text).expanduser()
     if path.is_dir() and (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} is one checkpoint; expected the run directory that it lies in, {path.absolute().parent}")

@@ -59,8 +59,8 @@ def test_blocks_and_the_other_digest(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for size in (0, 1, 7, 8, 100):
         data = os.urandom(size)
         (tmp_path / "f").write_bytes(data)
-        assert verify._digest(tmp_path / "f", "sha256") == (size, hashlib.sha256(data).hexdigest())
-        assert verify._digest(tmp_path / "f", "xxh3_128") == (size, manifests.digest(data))
+        assert verify._digest(verify.Disk(tmp_path), tmp_path / "f", "sha256") == (size, hashlib.sha256(data).hexdigest())
+        assert verify._digest(verify.Disk(tmp_path), tmp_path / "f", "xxh3_128") == (size, manifests.digest(data))
 
 
 def test_each_fault_is_named(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,10 +127,10 @@ def test_one_that_is_pruned_meanwhile_is_not_bad(make_run: MakeRun, monkeypatch:
     root = make_run("run", (None, None))
     real = verify.verify_checkpoint
 
-    def lose(directory: Path, digest: str | None = None) -> verify.Verified:
+    def lose(directory: Path, digest: str | None, source: verify.Source) -> verify.Verified:
         if directory.name == "global_step_1":
             discard(root, ["global_step_1"])
-        return real(directory, digest)
+        return real(directory, digest, source)
 
     monkeypatch.setattr(verify, "verify_checkpoint", lose)
     assert [report.state for report in verify_run(root)] == ["good", "gone"]
