@@ -51,8 +51,8 @@ class LoraShape:
                 raise ValueError(f"it has {key}={config[key]!r}, which is not trained here; expected an adapter without")
         if config.get("init_lora_weights", True) not in _LEAVES_THE_BASE_ALONE:
             raise ValueError(
-                f"it was made with init_lora_weights={config['init_lora_weights']!r}, which changes the base; expected one that "
-                "PEFT's save_pretrained has converted to plain LoRA (path_initial_model_for_weight_conversion)"
+                f"it was made with init_lora_weights={config['init_lora_weights']!r}, which changes the base; expected one "
+                "that PEFT's save_pretrained has converted to plain LoRA (path_initial_model_for_weight_conversion)"
             )
         return cls(
             rank=int(config["r"]),

@@ -18,20 +18,46 @@ _MARK = "\u241e"  # the visible record separator: no template writes it
 
 
 def not_found(path: str, error: Exception) -> UserError:
-    """The error for a model path that leads nowhere."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"no model at {path!r}: {reason}; expected a directory with config.json, tokenizer and safetensors, or the name of a "
-        "model on the Hugging Face hub: actor_rollout_ref.model.path=/path/to/model, or model=tiny for the embedded one"
+    """The error for a model path that leads nowhere, or to code that is not trusted."""
+    return _code_not_trusted(path, error) or UserError(
+        f"no model at {path!r}: {_reason(error)}; expected a directory with config.json, tokenizer and safetensors, or the "
+        "name of a model on the Hugging Face hub: actor_rollout_ref.model.path=/path/to/model, or model=tiny for the embedded "
+        "one"
     )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`. Raises `UserError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise not_found(path, error) from error
+        raise _code_not_trusted(path, error) or UserError(
+            f"no tokenizer at {path!r}: {_reason(error)}; expected a directory with tokenizer.json, or a name on the Hugging "
+            "Face hub: actor_rollout_ref.model.tokenizer_path=/path/to/tokenizer, or where it is the model's own "
+            "actor_rollout_ref.model.path=/path/to/model"
+        ) from error
+
+
+def _code_not_trusted(path: str, error: Exception) -> UserError | None:
+    if "trust_remote_code" not in str(error):
+        return None
+    return UserError(
+        f"the files at {path!r} bring code of their own, which is not run unasked: read it, then "
+        "actor_rollout_ref.model.trust_remote_code=true"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Raise `UserError` if `tokenizer` makes ids beyond the model's `rows` embeddings."""
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has {len(tokenizer)} tokens and the model {rows} embeddings; "
+            "expected the model's own tokenizer: actor_rollout_ref.model.tokenizer_path=<the model's directory>"
+        )
 
 
 class ChatRenderer:
@@ -41,7 +67,7 @@ class ChatRenderer:
         if tokenizer.chat_template is None:
             raise UserError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; expected one (chat_template.jinja beside "
-                "its tokenizer.json), or another actor_rollout_ref.model.path"
+                "its tokenizer.json), or another actor_rollout_ref.model.tokenizer_path"
             )
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {tokenizer.name_or_path!r} names no eos_token; expected the end-of-turn token")

@@ -98,12 +98,18 @@ def load_workers(
 def worker_settings(config: Config, placement: Placement, total_steps: int) -> WorkerSettings:
     """What every worker is told."""
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    if model.quantization is not None and placement.device == "cpu":
+        raise ConfigError(
+            f"actor_rollout_ref.model.quantization: given {model.quantization} and no GPU, expected one; "
+            "mend it with actor_rollout_ref.model.quantization=null"
+        )
+    start = model.lora_adapter_path
     return WorkerSettings(
         model_path=model.path,
         dtype=model.dtype,
         device=placement.device,
         gradient_checkpointing=model.enable_gradient_checkpointing,
-        lora=LoraShape(model.lora_rank, model.lora_alpha, model.target_modules),
+        lora=_lora_shape(config, model.lora_rank, model.lora_alpha),
         seed=config.trainer.seed,
         num_threads=placement.num_threads,
         actor=_actor_settings(config, total_steps),
@@ -113,24 +119,24 @@ def worker_settings(config: Config, placement: Placement, total_steps: int) -> W
             tool=rollout.multi_turn.tool if rollout.multi_turn.enable else None,
         ),
         critic=_critic_settings(config, total_steps) if config.uses_critic else None,
+        tokenizer_path=model.tokenizer_path,
+        trust_remote_code=model.trust_remote_code,
+        override_config=model.override_config,
+        quantization=model.quantization,
+        lora_adapter_path=str(Path(start).expanduser().resolve()) if start is not None else None,
     )
+
+
+def _lora_shape(config: Config, rank: int, alpha: int) -> LoraShape:
+    """An adapter of this rank; actor and critic share the rest."""
+    model = config.actor_rollout_ref.model
+    return LoraShape(rank, alpha, model.target_modules, model.exclude_modules, model.use_rslora, model.use_dora)
 
 
 def _actor_settings(config: Config, total_steps: int) -> ActorSettings:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    optim = actor.optim
-    warmup = optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else int(optim.lr_warmup_steps_ratio * total_steps)
     return ActorSettings(
-        optim=OptimSettings(
-            lr=optim.lr,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            grad_clip=actor.grad_clip,
-            warmup_steps=warmup,
-            scheduler=optim.lr_scheduler_type,
-            min_lr_ratio=optim.min_lr_ratio,
-            total_steps=total_steps,
-        ),
+        optim=_actor_optim(config, total_steps),
         micro_batch=_micro_batch(config, actor.ppo_micro_batch_size_per_gpu),
         log_prob_micro_batch=_micro_batch(config, rollout.log_prob_micro_batch_size_per_gpu),
         ref_micro_batch=_micro_batch(config, config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu),
@@ -147,9 +153,27 @@ def _actor_settings(config: Config, total_steps: int) -> ActorSettings:
 
 def _critic_settings(config: Config, total_steps: int) -> CriticSettings:
     critic = config.critic
+def _actor_optim(config: Config, total_steps: int) -> OptimSettings:
+    """Counted in training steps, of which the actor sits out those of the critic's warm-up."""
+    actor, idle_steps = config.actor_rollout_ref.actor, config.trainer.critic_warmup
+    optim = actor.optim
+    steps = max(0, total_steps - idle_steps)
+    return OptimSettings(
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        grad_clip=actor.grad_clip,
+        warmup_steps=optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else int(optim.lr_warmup_steps_ratio * steps),
+        scheduler=optim.lr_scheduler_type,
+        min_lr_ratio=optim.min_lr_ratio,
+        total_steps=total_steps,
+        idle_steps=idle_steps,
+    )
+
+
     return CriticSettings(
         kind=critic.kind,
-        lora=LoraShape(critic.model.lora_rank, critic.model.lora_alpha, config.actor_rollout_ref.model.target_modules),
+        lora=_lora_shape(config, critic.model.lora_rank, critic.model.lora_alpha),
         optim=OptimSettings(
             lr=critic.optim.lr,
             betas=critic.optim.betas,

@@ -16,7 +16,7 @@ from agentlightning.checkpoint.fingerprint import compare_fingerprints
 from agentlightning.checkpoint.store import LoadedCheckpoint
 from agentlightning.errors import CheckpointError
 from agentlightning.verl.data import PromptDataset
-from agentlightning.verl.schema import Config
+from agentlightning.verl.schema import Config, ModelConfig
 
 _DATA_DIGEST = "data.train_files"
 
@@ -29,7 +29,7 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
     model, actor, trainer = config.actor_rollout_ref.model, config.actor_rollout_ref.actor, config.trainer
     breaking: dict[str, Any] = {
         "actor_rollout_ref.model.path": _model_identity(model.path),
-        "tokenizer": _tokenizer_identity(model.path),
+        "tokenizer": _tokenizer_identity(model.tokenizer_path),
         "actor_rollout_ref.model.lora_rank": model.lora_rank,
         "actor_rollout_ref.model.lora_alpha": model.lora_alpha,
         "actor_rollout_ref.model.target_modules": model.target_modules,
@@ -38,6 +38,7 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
         "data.shuffle": config.data.shuffle,
         "data.seed": config.data.seed,
         "trainer.seed": trainer.seed,
+        **_model_options(model),
     }
     if train_data is not None:
         breaking[_DATA_DIGEST] = train_data.fingerprint()
@@ -58,6 +59,29 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
         "trainer.n_gpus_per_node": trainer.n_gpus_per_node,
     }
     return {"breaking": breaking, "harmless": harmless}
+
+
+def _model_options(model: ModelConfig) -> dict[str, Any]:
+    """Those of the model's options that are in use, so that a checkpoint written before an option existed still fits."""
+    adapter = None if model.lora_adapter_path is None else _adapter_identity(Path(model.lora_adapter_path).expanduser())
+    options = {
+        "exclude_modules": model.exclude_modules,
+        "use_rslora": model.use_rslora,
+        "use_dora": model.use_dora,
+        "lora_adapter_path": adapter,
+        "quantization": model.quantization,
+        "override_config": model.override_config,
+    }
+    return {f"actor_rollout_ref.model.{name}": value for name, value in options.items() if value}
+
+
+def _adapter_identity(directory: Path) -> str:
+    """A digest of what the adapter is, wherever it lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with (directory / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _model_identity(path: str) -> str:

@@ -6,6 +6,7 @@ other, or the lines that tell a person how large each part of the step is. Pure,
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from agentlightning.checkpoint.remote import is_url
 from agentlightning.errors import ConfigError
-from agentlightning.verl.schema import Config
+from agentlightning.types import LoraShape
+from agentlightning.verl.schema import Config, ModelConfig
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
@@ -39,8 +41,12 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 
 def check_paths(config: Config) -> None:
-    """The model is where `actor_rollout_ref.model.path` says, and the run directory can be written."""
-    _check_model_path(config.actor_rollout_ref.model.path)
+    """Model, tokenizer and adapter are where `actor_rollout_ref.model` says, and the run directory can be written."""
+    model = config.actor_rollout_ref.model
+    _check_model_path(model.path)
+    _check_tokenizer_path(model.tokenizer_path)
+    if model.lora_adapter_path is not None:
+        _check_adapter(Path(model.lora_adapter_path).expanduser(), model)
     if not is_url(config.trainer.default_local_dir):
         _check_run_dir(Path(config.trainer.default_local_dir))
 
@@ -60,6 +66,61 @@ def _check_model_path(given: str) -> None:
             f"{key}: given {given}, which is not there; expected a directory with config.json, or a hub name such as "
             f"Qwen/Qwen3-0.6B; mend it with {key}=<directory>, or model=tiny for the model in the package"
         )
+
+
+def _check_tokenizer_path(given: str) -> None:
+    key = "actor_rollout_ref.model.tokenizer_path"
+    path = Path(given).expanduser()
+    if not path.is_dir() and (path.exists() or not HUB_NAME.match(given)):
+        raise ConfigError(
+            f"{key}: given {given}, which is not there; expected a directory with a tokenizer, or a hub name; "
+            f"mend it with {key}=<directory>"
+        )
+
+
+def _check_adapter(directory: Path, model: ModelConfig) -> None:
+    """The adapter to start from can be read, and is the one that the configuration describes."""
+    key = "actor_rollout_ref.model.lora_adapter_path"
+    try:
+        found = LoraShape.from_peft(json.loads((directory / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{key}: given {directory}: {error}; expected a directory written by PEFT's save_pretrained; mend it with "
+            f"{key}=null"
+        ) from error
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            f"{key}: given {directory}, which has no adapter_model.safetensors; expected one (adapter_model.bin is a pickle, "
+            f"which is not opened: save the adapter again with PEFT's save_pretrained); mend it with {key}=null"
+        )
+    unlike = _unlike_the_adapter(found, model)
+    if unlike:
+        raise ConfigError(
+            f"{key}: given {directory}, whose adapter differs in {', '.join(unlike)}; mend it with "
+            + " ".join(f"actor_rollout_ref.model.{name}={value}" for name, value in unlike.items())
+        )
+
+
+def _unlike_the_adapter(found: LoraShape, model: ModelConfig) -> dict[str, str]:
+    """What must be said otherwise, as overrides. Modules and variant are the adapter's, unless something else was asked for."""
+    unlike = {}
+    if model.lora_rank != found.rank:
+        unlike["lora_rank"] = str(found.rank)
+    if model.lora_alpha != found.alpha:
+        unlike["lora_alpha"] = f"{found.alpha:g}"
+    if model.target_modules != "all-linear" and _sorted(model.target_modules) != _sorted(found.target_modules):
+        unlike["target_modules"] = "all-linear"
+    if model.exclude_modules is not None and _sorted(model.exclude_modules) != _sorted(found.exclude_modules):
+        unlike["exclude_modules"] = "null"
+    if model.use_rslora and not found.use_rslora:
+        unlike["use_rslora"] = "false"
+    if model.use_dora and not found.use_dora:
+        unlike["use_dora"] = "false"
+    return unlike
+
+
+def _sorted(modules: str | tuple[str, ...] | None) -> str | list[str] | None:
+    return sorted(modules) if isinstance(modules, tuple) else modules
 
 
 def _check_run_dir(run_dir: Path) -> None:
@@ -237,16 +298,42 @@ def _workers_have_prompts(config: Config) -> str | None:
 
 
 def _reward_has_a_module(config: Config) -> str | None:
-    reward = config.custom_reward_function
-    if reward.path is None and not re.match(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", reward.name):
+    named = {f"reward.functions.{name}": function for name, function in config.reward.functions.items()}
+    for key, reward in (named or {"custom_reward_function": config.custom_reward_function}).items():
+        is_server = re.match(r"^https?://", reward.name) is not None
+        if reward.path is None and not is_server and not re.match(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", reward.name):
+            return (
+                f"{key}.name: given {reward.name!r} without {key}.path, expected pkg.mod:fn, or the URL of a reward server; "
+                f"mend it with {key}.path=<file>.py"
+            )
+        if reward.path is not None and is_server:
+            return (
+                f"{key}.path: given {reward.path} with the URL {reward.name}, expected one of the two; "
+                f"mend it with {key}.path=null, or {key}.name=compute_score"
+            )
+        if reward.path is not None and ":" in reward.name:
+            return (
+                f"{key}.name: given {reward.name!r}, expected the name of a function in {reward.path}; "
+                f"mend it with {key}.name=compute_score"
+            )
+    return None
+
+
+def _four_bits_need_a_gpu(config: Config) -> str | None:
+    if config.actor_rollout_ref.model.quantization is not None and config.trainer.device == "cpu":
         return (
-            f"custom_reward_function.name: given {reward.name!r} without custom_reward_function.path, expected pkg.mod:fn; "
-            f"mend it with custom_reward_function.path=<file>.py"
+            f"actor_rollout_ref.model.quantization: given {config.actor_rollout_ref.model.quantization} with "
+            "trainer.device=cpu, expected a GPU; mend it with actor_rollout_ref.model.quantization=null or trainer.device=auto"
         )
-    if reward.path is not None and ":" in reward.name:
+    return None
+
+
+def _four_bits_stay_unmerged(config: Config) -> str | None:
+    given = config.actor_rollout_ref.model.quantization
+    if given is not None and config.actor_rollout_ref.rollout.merge_lora is True:
         return (
-            f"custom_reward_function.name: given {reward.name!r}, expected the name of a function in {reward.path}; "
-            f"mend it with custom_reward_function.name=compute_score"
+            f"actor_rollout_ref.rollout.merge_lora: given true with actor_rollout_ref.model.quantization={given}, whose "
+            "weights take no merge; mend it with actor_rollout_ref.rollout.merge_lora=auto"
         )
     return None
 
@@ -263,4 +350,6 @@ _RULES: tuple[Callable[[Config], str | None], ...] = (
     _reward_has_a_module,
     _in_process_is_one_worker,
     _workers_have_prompts,
+    _four_bits_need_a_gpu,
+    _four_bits_stay_unmerged,
 )

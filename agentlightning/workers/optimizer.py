@@ -7,7 +7,9 @@ Enters: gradients summed into the buffer, by one worker or by all (one flat all-
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +19,64 @@ from torch import nn
 from agentlightning.errors import CheckpointError, NumericsError
 from agentlightning.workers.settings import OptimSettings
 
+# DoRA's. Weight decay draws LoRA's matrices to the base, which they start at with zero; a magnitude of zero is no model at all.
+_MAGNITUDE = "lora_magnitude_vector"
+_DECAY_SHARE = 0.1  # of the training steps: wsd's last part (Hu et al., 2024: arXiv 2404.06395 find a tenth to be enough)
+_TIMESCALE = 10_000  # of inverse_sqrt without warm-up, as transformers has it
+
 
 def lr_at(settings: OptimSettings, step: int) -> float:
-    """Learning rate of training step `step` (from 1): linear warm-up, then constant, linear or cosine to `min_lr_ratio`."""
-    done = step - 1
+    """Learning rate of training step `step` (from 1), the same for all its optimizer steps, as in verl.
+
+    Linear warm-up over `warmup_steps`, whose first step already learns. Then, with transformers' definitions: `constant`;
+    `linear` and `cosine` to `min_lr_ratio` at the end; `inverse_sqrt`, which has no end (big_vision's); `wsd` (warm-up, stable,
+    decay), constant but for the last tenth of all steps, which go linearly to `min_lr_ratio`.
+    """
+    done = max(0, step - 1 - settings.idle_steps)
     if done < settings.warmup_steps:
         return settings.lr * (done + 1) / settings.warmup_steps
-    progress = min(1.0, (done - settings.warmup_steps) / max(1, settings.total_steps - settings.warmup_steps))
-    floor = settings.min_lr_ratio
-    shape = {
-        "constant": 1.0,
-        "linear": floor + (1 - floor) * (1 - progress),
-        "cosine": floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)),
-    }[settings.scheduler]
-    return settings.lr * shape
+    return settings.lr * _SHAPES[settings.scheduler](settings, done - settings.warmup_steps)
+
+
+def _constant(settings: OptimSettings, since_warmup: int) -> float:
+    return 1.0
+
+
+def _linear(settings: OptimSettings, since_warmup: int) -> float:
+    return _down_to_floor(settings, 1 - min(1.0, since_warmup / _steps_after_warmup(settings)))
+
+
+def _cosine(settings: OptimSettings, since_warmup: int) -> float:
+    progress = min(1.0, since_warmup / _steps_after_warmup(settings))
+    return _down_to_floor(settings, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _inverse_sqrt(settings: OptimSettings, since_warmup: int) -> float:
+    timescale = settings.warmup_steps or _TIMESCALE
+    return max(settings.min_lr_ratio, math.sqrt(timescale / (since_warmup + timescale)))
+
+
+def _wsd(settings: OptimSettings, since_warmup: int) -> float:
+    left = _steps_after_warmup(settings)
+    decay = min(left, max(1, round(_DECAY_SHARE * (settings.total_steps - settings.idle_steps))))
+    return _down_to_floor(settings, 1 - min(1.0, max(0, since_warmup - (left - decay)) / decay))
+
+
+def _down_to_floor(settings: OptimSettings, share: float) -> float:
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share
+
+
+def _steps_after_warmup(settings: OptimSettings) -> int:
+    return max(1, settings.total_steps - settings.idle_steps - settings.warmup_steps)
+
+
+_SHAPES: Mapping[str, Callable[[OptimSettings, int], float]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "inverse_sqrt": _inverse_sqrt,
+    "wsd": _wsd,
+}
 
 
 class NamedAdamW:
@@ -46,13 +92,37 @@ class NamedAdamW:
         for parameter in self.parameters.values():
             parameter.grad = self.flat_grad[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-        )
+        decayed = [p for name, p in self.parameters.items() if _MAGNITUDE not in name]
+        magnitudes = [p for name, p in self.parameters.items() if _MAGNITUDE in name]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}]
+        if magnitudes:
+            groups.append({"params": magnitudes, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
     def zero_grad(self) -> None:
         """Start a new sum."""
         self.flat_grad.zero_()
+
+    @contextmanager
+    def undone_on_error(self, optimizer_steps: int) -> Iterator[None]:
+        """Around the `optimizer_steps` of one update: what leaves the block by an exception leaves weights and moments as they
+        were before it.
+
+        A single step changes nothing before its last check, so only several need the copy: three times the adapter's bytes.
+        """
+        if optimizer_steps < 2:
+            yield
+            return
+        weights = [parameter.detach().clone() for parameter in self.parameters.values()]
+        moments = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for parameter, before in zip(self.parameters.values(), weights, strict=True):
+                    parameter.copy_(before)
+            self._set_moments(moments)
+            raise
 
     def step(self, training_step: int, what: str) -> dict[str, float]:
         """Sum the gradients over the workers, clip, and step. Returns `grad_norm` (before clipping) and `lr`.
@@ -97,14 +167,15 @@ class NamedAdamW:
                 f"the optimizer state is of other parameters ({odd} is in one and not in the other); expected the adapter this "
                 "run was started with: the same lora_rank and target_modules, or trainer.resume_mode=disable to start over"
             )
+        self._set_moments({key: torch.tensor(array) for key, array in state.items()})
+
+    def _set_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """`tensors` as those of `tensors`; parameters without any have not been stepped."""
         self.optimizer.state.clear()
-        for name in names:
+        for key, tensor in tensors.items():
+            kind, name = key.split(".", 1)
             parameter = self.parameters[name]
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(state[f"step.{name}"], device=parameter.device),
-                "exp_avg": torch.tensor(state[f"exp_avg.{name}"], device=parameter.device),
-                "exp_avg_sq": torch.tensor(state[f"exp_avg_sq.{name}"], device=parameter.device),
-            }
+            self.optimizer.state.setdefault(parameter, {})[kind] = tensor.to(parameter.device)
 
 
 def load_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, np.ndarray], what: str) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from agentlightning.types import DType, LoraShape, MicroBatches
+from agentlightning.types import DType, LoraShape, MicroBatches, Quantization
 
 
 @dataclass(frozen=True, slots=True)
 class OptimSettings:
-    """AdamW and its schedule. The learning rate is a pure function of the training step, so nothing of it has to be saved."""
+    """AdamW and its schedule, counted in training steps. The learning rate is a pure function of the step, so nothing of it has
+    to be saved."""
 
     lr: float
     betas: tuple[float, float]
     weight_decay: float
     grad_clip: float
     warmup_steps: int = 0
-    scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    scheduler: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "constant"
     min_lr_ratio: float = 0.0
     total_steps: int = 1
+    idle_steps: int = 0  # the first training steps, in which it does not learn: trainer.critic_warmup for the actor
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +78,8 @@ class WorkerSettings:
     actor: ActorSettings
     rollout: RolloutSettings
     critic: CriticSettings | None = None
+    tokenizer_path: str | None = None  # None: the model's own
+    trust_remote_code: bool = False
+    override_config: Mapping[str, Any] = field(default_factory=dict)  # values of the model's own configuration
+    quantization: Quantization | None = None
+    lora_adapter_path: str | None = None  # the actor starts from this adapter; the reference is the base without it

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from agentlightning.checkpoint.manifest import FileEntry
 from agentlightning.checkpoint.snapshot import HostSnapshot
-from agentlightning.errors import ConfigError, StaleAdapterError
+from agentlightning.errors import ConfigError, StaleAdapterError, UserError
 from agentlightning.models.adapters import Adapters, MergedCopy
 from agentlightning.models.base import load_base
-from agentlightning.models.chat import ChatRenderer, load_tokenizer
+from agentlightning.models.chat import ChatRenderer, check_vocabulary, load_tokenizer
 from agentlightning.rollout.engine import DecodeLoop, Engine, Tool
 from agentlightning.rollout.journal import RolloutJournal, adapter_digest, tool_digest
 from agentlightning.types import Batch, Completion, JournalSpec, LoraShape, Prompt, SamplingParams
@@ -46,16 +47,26 @@ class Worker:
         torch.set_num_threads(settings.num_threads)
         self.settings = settings
         self.device = torch.device(settings.device)
-        base = load_base(settings.model_path, settings.dtype, self.device, settings.gradient_checkpointing)
-        merge = base.dtype == torch.float32 if settings.rollout.merge_lora is None else settings.rollout.merge_lora
-        plain = MergedCopy.plain_copy(base) if merge else None
-        self.adapters = Adapters(base, self._lora_shapes(), settings.seed)
-        self.merged = MergedCopy(plain, self.adapters, Actor.name) if plain is not None else None
+        base = load_base(
+            settings.model_path,
+            settings.dtype,
+            self.device,
+            settings.gradient_checkpointing,
+            trust_remote_code=settings.trust_remote_code,
+            override_config=settings.override_config,
+            quantization=settings.quantization,
+        )
+        tokenizer = load_tokenizer(settings.tokenizer_path or settings.model_path, settings.trust_remote_code)
+        check_vocabulary(tokenizer, base.config.get_text_config().vocab_size)
+        plain = MergedCopy.plain_copy(base) if self._may_merge(base) else None
+        starts = {Actor.name: settings.lora_adapter_path} if settings.lora_adapter_path is not None else {}
+        self.adapters = Adapters(base, self._lora_shapes(), settings.seed, starts)
+        self.merged = self._merged(plain) if plain is not None else None
         self.actor = Actor(self.adapters, settings.actor, check)
         self.critic = Critic(self.adapters, settings.critic, check) if settings.critic is not None else None
         self.engine: Engine = DecodeLoop(
             model=self.merged.model if self.merged is not None else self.adapters.base,
-            renderer=ChatRenderer(load_tokenizer(settings.model_path)),
+            renderer=ChatRenderer(tokenizer),
             max_num_seqs=settings.rollout.max_num_seqs,
             tool=load_tool(settings.rollout.tool) if settings.rollout.tool is not None else None,
             check=check,
@@ -109,11 +120,14 @@ class Worker:
 
     def update_actor(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> ActorUpdate:
         """See `Actor.update`."""
-        return self.actor.update(batch, mini_batches, training_step)
+        with self.actor.optimizer.undone_on_error(len(mini_batches)):
+            return self.actor.update(batch, mini_batches, training_step)
 
     def update_critic(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> list[dict[str, float]]:
         """See `Critic.update`."""
-        return self._the_critic().update(batch, mini_batches, training_step)
+        critic = self._the_critic()
+        with critic.optimizer.undone_on_error(len(mini_batches)):
+            return critic.update(batch, mini_batches, training_step)
 
     def update_weights(self, version: int) -> None:
         """The engine samples from the present adapter from now on, and calls it `version`."""
@@ -180,6 +194,23 @@ class Worker:
 
         device = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         return device, psutil.Process().memory_info().rss / 2**30
+
+    def _may_merge(self, base: PreTrainedModel) -> bool:
+        """Whether the rollout is to decode on merged weights; by default where that is exact enough."""
+        asked = self.settings.rollout.merge_lora
+        return base.dtype == torch.float32 and self.settings.quantization is None if asked is None else asked
+
+    def _merged(self, plain: PreTrainedModel) -> MergedCopy | None:
+        """`plain` with the actor merged in, or None where it cannot be and nobody insists."""
+        stays_apart = self.adapters.unmergeable(Actor.name)
+        if stays_apart is None:
+            return MergedCopy(plain, self.adapters, Actor.name)
+        if self.settings.rollout.merge_lora is None:
+            return None
+        raise UserError(
+            f"actor_rollout_ref.rollout.merge_lora: given true, but the adapter on {stays_apart} cannot be merged (only plain "
+            "linear layers can); mend it with actor_rollout_ref.rollout.merge_lora=auto"
+        )
 
     def _lora_shapes(self) -> dict[str, LoraShape]:
         critic = self.settings.critic
