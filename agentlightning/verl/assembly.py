@@ -151,8 +151,6 @@ def _actor_settings(config: Config, total_steps: int) -> ActorSettings:
     )
 
 
-def _critic_settings(config: Config, total_steps: int) -> CriticSettings:
-    critic = config.critic
 def _actor_optim(config: Config, total_steps: int) -> OptimSettings:
     """Counted in training steps, of which the actor sits out those of the critic's warm-up."""
     actor, idle_steps = config.actor_rollout_ref.actor, config.trainer.critic_warmup
@@ -171,6 +169,8 @@ def _actor_optim(config: Config, total_steps: int) -> OptimSettings:
     )
 
 
+def _critic_settings(config: Config, total_steps: int) -> CriticSettings:
+    critic = config.critic
     return CriticSettings(
         kind=critic.kind,
         lora=_lora_shape(config, critic.model.lora_rank, critic.model.lora_alpha),
