@@ -26,6 +26,7 @@ RECORD_SUFFIX = ".pt"
 MAX_RECORD_BYTES = 16 << 20  # a record is a few KB; a larger `.pt` is somebody's weights, and not read
 _SEAL_PREFIX = b"agentlightning:xxh3-128:"
 _SEAL_BYTES = len(_SEAL_PREFIX) + 32
+LOOP_SCHEMA = "agentlightning.loop/1"  # in records that checkpoint_utils writes for custom loops
 _OWN_KEYS = {"schema", "name", "step", "batch", "state_path", "sampler_path", "digest", "extra"}
 
 # What the zip reader and the restricted unpickler raise on bytes that are torn, or were made to break them.
@@ -43,6 +44,10 @@ _UNREADABLE = (
     ArithmeticError,
     AssertionError,
 )
+
+
+class NoRecordError(CheckpointError):
+    """The file is whole and something else: somebody's weights, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +74,23 @@ def record_path(root: Path, name: str) -> Path:
 
 def encode_record(record: CheckpointRecord) -> bytes:
     """The bytes of a sealed record; paths are written as given. ValueError if `extra` would not come back."""
+    plain = {key: getattr(record, key) for key in ("name", "step", "batch", "state_path", "sampler_path", "digest")}
+    return encode_plain(record.name, {"schema": SCHEMA, **plain, "extra": dict(record.extra)})
+
+
+def encode_plain(name: str, plain: Mapping[str, Any]) -> bytes:
+    """The bytes of a sealed record that holds `plain`. ValueError, with the record's name, if that would not come back."""
     import torch
 
     buffer = io.BytesIO()
-    plain = {key: getattr(record, key) for key in ("name", "step", "batch", "state_path", "sampler_path", "digest")}
-    torch.save({"schema": SCHEMA, **plain, "extra": dict(record.extra)}, buffer)
+    torch.save(dict(plain), buffer)
     assert buffer.getvalue()[-22:-18] == b"PK\x05\x06", "torch.save no longer ends with a plain end-of-zip record"
     data = buffer.getvalue()[:-2] + struct.pack("<H", _SEAL_BYTES)  # a zip file ends with the length of its comment
     sealed = data + _SEAL_PREFIX + digest(data).encode()
     try:
         _load_dict(sealed)
     except CheckpointError as error:
-        raise ValueError(f"the record of {record.name} holds something that is no plain value: {error}") from error
+        raise ValueError(f"the record of {name} holds something that is no plain value: {error}") from error
     return sealed
 
 
@@ -127,8 +137,8 @@ def _load_dict(data: bytes) -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"the record cannot be read ({reason})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"the file holds a {type(value).__name__}, expected a dict with batch and state_path")
-    if "schema" in value and "digest" in value and not sealed:
+        raise NoRecordError(f"the file holds a {type(value).__name__}, expected a dict with batch and state_path")
+    if not sealed and "schema" in value and ("digest" in value or value["schema"] == LOOP_SCHEMA):
         raise CheckpointError("the record has lost its seal")
     return value
 
@@ -137,17 +147,26 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def read_record(path: Path) -> CheckpointRecord:
-    """Read a record of ours, or the plain dict of another loop; CheckpointError says why it cannot be one."""
+def read_plain(path: Path) -> dict[str, Any]:
+    """The dict in a record's file, whoever wrote it, undamaged; CheckpointError says why there is none."""
     try:
         if not path.is_file():
             raise CheckpointError("it is no file, or a link to one that is gone")
         size = path.stat().st_size
         if size > MAX_RECORD_BYTES:
-            raise CheckpointError(f"the file has {size} bytes; a record has at most {MAX_RECORD_BYTES}")
-        value = _load_dict(path.read_bytes())
+            raise NoRecordError(f"the file has {size} bytes; a record has at most {MAX_RECORD_BYTES}")
+        return _load_dict(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"the record cannot be read ({error.strerror})") from error
+
+
+def read_record(path: Path) -> CheckpointRecord:
+    """Read a record of ours, or the plain dict of another loop; CheckpointError says why it cannot be one."""
+    return parse_plain(path, read_plain(path))
+
+
+def parse_plain(path: Path, value: Mapping[str, Any]) -> CheckpointRecord:
+    """The record that `read_plain(path)` holds; CheckpointError says what is missing."""
     if "batch" not in value or not _is(value["batch"], int) or value["batch"] < 0:
         raise CheckpointError("the record has no `batch`, the number of the next batch to train")
     if "state_path" not in value or not _is(value["state_path"], str):
@@ -160,13 +179,13 @@ def read_record(path: Path) -> CheckpointRecord:
         name=path.stem,
         step=value["step"] if "step" in value and _is(value["step"], int) else value["batch"],
         batch=value["batch"],
-        state_path=_beside(path, value["state_path"]),
-        sampler_path=None if sampler is None else _beside(path, sampler),
+        state_path=beside(path, value["state_path"]),
+        sampler_path=None if sampler is None else beside(path, sampler),
         extra={str(key): item for key, item in value.items() if key not in known},
     )
 
 
-def _own_record(value: dict[str, Any], path: Path) -> CheckpointRecord:
+def _own_record(value: Mapping[str, Any], path: Path) -> CheckpointRecord:
     if value["schema"] != SCHEMA:
         raise CheckpointError(f"the record has schema {value['schema']}, this version reads {SCHEMA}")
     if set(value) != _OWN_KEYS:
@@ -178,14 +197,14 @@ def _own_record(value: dict[str, Any], path: Path) -> CheckpointRecord:
         name=value["name"],
         step=value["step"],
         batch=value["batch"],
-        state_path=_beside(path, value["state_path"]),
-        sampler_path=None if sampler is None else _beside(path, sampler),
+        state_path=beside(path, value["state_path"]),
+        sampler_path=None if sampler is None else beside(path, sampler),
         digest=value["digest"],
         extra=value["extra"],
     )
 
 
-def _beside(path: Path, given: str) -> str:
+def beside(path: Path, given: str) -> str:
     """A relative path in a record counts from the record; a URL stays one."""
     return given if "://" in given else str(path.parent / given)
 
