@@ -21,17 +21,28 @@ class LossDenominators:
     tokens: float  # tokens that the policy chose
     sequences: float  # samples with at least one such token
     seq_norm: float  # tokens; the constant of seq-mean-token-sum-norm, the response length allowed
+    rollouts: float | None = None  # rollouts with at least one such token; None where each sample is a rollout of its own
 
 
-def global_denominators(mask_BT: Tensor, seq_norm: float) -> LossDenominators:
-    """Count a whole mini-batch. A sample without a trained token counts as no sequence.
+def global_denominators(mask_BT: Tensor, seq_norm: float, rollout_B: Tensor | None = None) -> LossDenominators:
+    """Count a whole mini-batch. A sample without a trained token counts as no sequence, and for no rollout.
 
+    `rollout_B`: integers, the same where samples belong to one rollout; None where each sample is one.
     Raises ValueError unless `seq_norm` (tokens) is positive.
     """
     if not seq_norm > 0:
         raise ValueError(f"seq_norm is {seq_norm}, expected a positive number of tokens (data.max_response_length)")
     chosen_BT = mask_BT.bool()
-    return LossDenominators(float(chosen_BT.sum()), float(chosen_BT.any(dim=-1).sum()), float(seq_norm))
+    sequence_B = chosen_BT.any(dim=-1)
+    rollouts = None if rollout_B is None else float(len(rollout_B[sequence_B].unique()))
+    return LossDenominators(float(chosen_BT.sum()), float(sequence_B.sum()), float(seq_norm), rollouts)
+
+
+def tokens_of_rollouts(mask_BT: Tensor, rollout_B: Tensor) -> Tensor:
+    """How many trained tokens the rollout of each sample has in all, int64 [B]. Hand in all samples of each rollout."""
+    rollouts, place_B = rollout_B.unique(return_inverse=True)
+    total_R = torch.zeros(len(rollouts), dtype=torch.int64, device=mask_BT.device)
+    return total_R.index_add(0, place_B, mask_BT.bool().sum(dim=-1))[place_B]
 
 
 def masked_sum(x_BT: Tensor, mask_BT: Tensor, dim: int | None = None) -> Tensor:
@@ -78,3 +89,17 @@ def agg_loss(loss_BT: Tensor, mask_BT: Tensor, loss_agg_mode: str, denominators:
     if loss_agg_mode == "seq-mean-token-sum-norm":
         return masked_sum(loss_BT, mask_BT) / denominators.seq_norm / sequences
     raise ValueError(f"loss_agg_mode={loss_agg_mode!r} is not one of {', '.join(LOSS_AGG_MODES)}")
+
+
+def agg_rollouts(
+    loss_BT: Tensor, mask_BT: Tensor, denominators: LossDenominators, rollout_tokens_BT: Tensor | None = None
+) -> Tensor:
+    """A per-token loss as the mean over rollouts of the mean over each rollout's tokens (0-d). Gradients flow.
+
+    `rollout_tokens_BT` is the token count of the whole rollout that each token belongs to (see `tokens_of_rollouts`), so the
+    sum is right even where a rollout's samples lie in several micro-batches. None: each sample is a rollout of its own.
+    """
+    if rollout_tokens_BT is None:
+        rollout_tokens_BT = mask_BT.bool().sum(dim=-1, keepdim=True)
+    rollouts = denominators.sequences if denominators.rollouts is None else denominators.rollouts
+    return masked_sum(loss_BT / rollout_tokens_BT.clamp(min=1), mask_BT) / max(rollouts, 1.0)

@@ -145,6 +145,8 @@ def _actor_settings(config: Config, total_steps: int) -> ActorSettings:
         clip_ratio_high=actor.clip_ratio_high,
         clip_ratio_c=actor.clip_ratio_c,
         loss_agg_mode=actor.loss_agg_mode,
+        **actor.policy_loss.model_dump(),
+        seed=config.trainer.seed,
         entropy_coeff=actor.entropy_coeff,
         kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
         kl_loss_type=actor.kl_loss_type,

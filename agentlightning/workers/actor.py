@@ -6,14 +6,18 @@ gradients of micro-batches and of workers simply add up.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from agentlightning.algorithms.aggregation import LossDenominators, agg_loss
 from agentlightning.algorithms.kl import kl_penalty
-from agentlightning.algorithms.policy_losses import vanilla
+from agentlightning.algorithms.policy_losses.covariance import ChoiceTokens
+from agentlightning.algorithms.policy_losses.inputs import PolicyLossInputs
+from agentlightning.algorithms.policy_losses.names import POLICY_LOSSES, TOKEN_CHOICES
 from agentlightning.errors import NumericsError
 from agentlightning.models.adapters import Adapters
 from agentlightning.models.base import output_head
@@ -22,7 +26,7 @@ from agentlightning.models.passes import Pass, training_passes
 from agentlightning.types import Batch, MicroBatches
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch
 from agentlightning.workers.optimizer import NamedAdamW
-from agentlightning.workers.settings import ActorSettings
+from agentlightning.workers.settings import ActorSettings, load_policy_loss
 
 
 class Actor:
@@ -34,60 +38,88 @@ class Actor:
         self.adapters, self.settings, self.check = adapters, settings, check
         self.parameters = adapters.parameters[self.name]
         self.optimizer = NamedAdamW(self.parameters, settings.optim)
+        self.policy_loss = load_policy_loss(settings.loss_mode)
 
     @torch.no_grad()
     def compute_log_prob(self, batch: Batch) -> LogProbs:
         """Log-probabilities of the response tokens under the present weights."""
         self.adapters.use(self.name)
-        return self._log_probs(batch, self.settings.log_prob_micro_batch)
+        return self._log_probs(batch, np.arange(len(batch)), self.settings.log_prob_micro_batch)
 
     @torch.no_grad()
     def compute_ref_log_prob(self, batch: Batch) -> LogProbs:
         """The same under the reference policy: the base with its adapters off."""
         with self.adapters.model.disable_adapter():
-            return self._log_probs(batch, self.settings.ref_micro_batch)
+            return self._log_probs(batch, np.arange(len(batch)), self.settings.ref_micro_batch)
 
     def update(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> ActorUpdate:
         """One optimizer step for each mini-batch. Needs the columns `advantages`, and `old_log_probs` unless there is only
-        one step (then the policy is still the one that sampled, and the ratio is 1)."""
+        one step (then the policy is still the one that sampled, and the ratio is 1). Reads `rollout_is_weights` and
+        `rollout_tokens` where they are there: see `PolicyLossInputs`.
+        """
         self.adapters.use(self.name, training=True)
         first_BT = np.full(batch.response_BT.shape, np.nan, dtype=np.float32)
         metrics: list[dict[str, float]] = []
-        for mini_batch in mini_batches:
-            rows = mini_batch.rows[self._can_move(batch, mini_batch.rows)]
+        for number, mini_batch in enumerate(mini_batches):
+            selected_BT = np.zeros(batch.mask_BT.shape, dtype=np.bool_)
+            if self.settings.loss_mode in TOKEN_CHOICES:
+                selected_BT = self._select_tokens(batch, mini_batch.rows, training_step, number)
+            rows = mini_batch.rows[self._can_move(batch, mini_batch.rows, selected_BT)]
             self.optimizer.zero_grad()
             sums: dict[str, float] = {}
             for run in training_passes(self.adapters.base, batch, rows, self.settings.micro_batch):
                 self.check()
-                logp_BT = self._backward(run, mini_batch.denominators, sums)
+                logp_BT = self._backward(run, mini_batch.denominators, selected_BT, sums)
                 new = np.isnan(first_BT[run.rows, 0])
                 first_BT[run.rows[new], : logp_BT.shape[1]] = logp_BT[new]
             metrics.append(sums | self.optimizer.step(training_step, "the policy loss (actor/pg_loss)"))
         return ActorUpdate(metrics, first_BT)
 
-    def _can_move(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
-        """Which rows have a gradient at all: a sample without advantage adds exactly nothing to the clipped loss."""
-        if self.settings.entropy_coeff or self.settings.kl_loss_coef:
+    def _can_move(self, batch: Batch, rows: np.ndarray, selected_BT: np.ndarray) -> np.ndarray:
+        """Which rows have a gradient at all: a sample without advantage adds exactly nothing to a loss of `POLICY_LOSSES`,
+        unless it has tokens that pay kl_cov's penalty. The metrics take the tokens of the others for unmoved.
+        """
+        settings = self.settings
+        if settings.entropy_coeff or settings.kl_loss_coef or settings.loss_mode not in POLICY_LOSSES:
             return np.ones(len(rows), dtype=bool)
-        return np.any(batch.columns["advantages"][rows] * batch.mask_BT[rows], axis=1)
+        return np.any((batch.columns["advantages"][rows] * batch.mask_BT[rows] != 0) | selected_BT[rows], axis=1)
 
-    def _backward(self, run: Pass, denominators: LossDenominators, sums: dict[str, float]) -> np.ndarray:
+    @torch.no_grad()
+    def _select_tokens(self, batch: Batch, rows: np.ndarray, training_step: int, optimizer_step: int) -> np.ndarray:
+        """The tokens among `rows` that the loss treats in another way, bool [B, T]. They are chosen over the whole mini-batch,
+        those of the other workers included, under the present weights.
+        """
+        logp_BT = self._log_probs(batch, rows, self.settings.log_prob_micro_batch).log_probs_BT
+        old_BT = batch.columns.get("old_log_probs", logp_BT)
+        random_BT = _random_numbers(batch, rows, (self.settings.seed, training_step, optimizer_step))
+        selected_BT = np.zeros(batch.mask_BT.shape, dtype=np.bool_)
+        selected_BT[rows] = batch.mask_BT[rows]
+        columns = [column_BT[selected_BT] for column_BT in (batch.columns["advantages"], logp_BT, old_BT, random_BT)]
+        mine_N4 = torch.from_numpy(np.stack(columns, axis=1).astype(np.float64)).to(self.adapters.base.device)
+        all_N4, mine = _gather(mine_N4)
+        chosen_N = TOKEN_CHOICES[self.settings.loss_mode](ChoiceTokens(*all_N4.unbind(1)), self.settings)
+        selected_BT[selected_BT] = chosen_N[mine].cpu().numpy()
+        return selected_BT
+
+    def _backward(
+        self, run: Pass, denominators: LossDenominators, selected_BT: np.ndarray, sums: dict[str, float]
+    ) -> np.ndarray:
         """Add the micro-batch's gradients and metrics. Returns its log-probabilities [B, T]."""
         settings, device = self.settings, self.adapters.base.device
         logp_N, entropy_N = self._log_probs_of(run, bool(settings.entropy_coeff))
         mask_BT, logp_BT = torch.from_numpy(run.micro.mask_BT).to(device), run.scatter(logp_N)
         columns = {name: torch.from_numpy(column).to(device) for name, column in run.micro.columns.items()}
-        loss, metrics = vanilla(
-            logp_BT,
-            columns.get("old_log_probs", logp_BT.detach()),
-            columns["advantages"],
-            mask_BT,
-            clip_ratio_low=settings.clip_ratio_low,
-            clip_ratio_high=settings.clip_ratio_high,
-            clip_ratio_c=settings.clip_ratio_c,
-            loss_agg_mode=settings.loss_agg_mode,
+        inputs = PolicyLossInputs(
+            log_prob_BT=logp_BT,
+            old_log_prob_BT=columns.get("old_log_probs", logp_BT.detach()),
+            advantages_BT=columns["advantages"],
+            mask_BT=mask_BT,
             denominators=denominators,
+            rollout_is_weights_BT=columns.get("rollout_is_weights"),
+            selected_BT=torch.from_numpy(selected_BT[run.rows, : mask_BT.shape[1]]).to(device),
+            rollout_tokens_BT=columns.get("rollout_tokens"),
         )
+        loss, metrics = self.policy_loss(inputs, settings)
         metrics = {"pg_loss": loss.detach(), **metrics}
         if settings.entropy_coeff:
             entropy = agg_loss(run.scatter(entropy_N), mask_BT, settings.loss_agg_mode, denominators)
@@ -104,19 +136,51 @@ class Actor:
             sums[name] = sums.get(name, 0.0) + float(value)
         return logp_BT.detach().cpu().numpy()
 
-    def _log_probs(self, batch: Batch, sizes: MicroBatches) -> LogProbs:
+    def _log_probs(self, batch: Batch, rows: np.ndarray, sizes: MicroBatches) -> LogProbs:
         result_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
         entropy_sum = 0.0
-        for run in training_passes(self.adapters.base, batch, np.arange(len(batch)), sizes):
+        for run in training_passes(self.adapters.base, batch, rows, sizes):
             self.check()
             logp_N, entropy_N = self._log_probs_of(run, entropy_grad=False)
             logp_BT = run.scatter(logp_N).cpu().numpy()
             result_BT[run.rows, : logp_BT.shape[1]] = logp_BT
             entropy_sum += float(entropy_N.sum())
-        return LogProbs(result_BT, entropy_sum, int(batch.mask_BT.sum()))
+        return LogProbs(result_BT, entropy_sum, int(batch.mask_BT[rows].sum()))
 
     def _log_probs_of(self, run: Pass, entropy_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return log_probs(output_head(self.adapters.base), run.hidden_NH, run.target_N, self.settings.temperature, entropy_grad)
+
+
+def _random_numbers(batch: Batch, rows: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+    """Numbers in [0, 1) for the tokens of `rows`, float64 [B, T]; each is a function of `key`, the prompt's uid, which of the
+    prompt's samples it is and where in the response (Philox, counter-based).
+
+    So the workers need not speak to each other: the samples of a prompt are on one of them, in the order of the batch.
+    """
+    random_BT = np.zeros(batch.mask_BT.shape)
+    wanted, seen = set(rows.tolist()), dict.fromkeys(batch.uids, 0)
+    for row, uid in enumerate(batch.uids):
+        sample, seen[uid] = seen[uid], seen[uid] + 1
+        if row in wanted:
+            digest = hashlib.blake2b(repr((*key, uid, sample)).encode(), digest_size=16).digest()
+            stream = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+            random_BT[row, : batch.response_len_B[row]] = stream.random(int(batch.response_len_B[row]))
+    return random_BT
+
+
+def _gather(mine: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """The rows [N, ...] of all workers, by rank, and where `mine` are among them. Every worker must call it."""
+    if not dist.is_initialized():
+        return mine, slice(len(mine))
+    sizes = mine.new_zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[dist.get_rank()] = len(mine)
+    dist.all_reduce(sizes)
+    longest = int(sizes.max())
+    padded = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    start = int(sizes[: dist.get_rank()].sum())
+    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)]), slice(start, start + len(mine))
 
 
 def _check_finite(micro: Batch, logp_BT: torch.Tensor, loss: torch.Tensor) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from agentlightning.algorithms.policy_losses.settings import PolicyLossSettings
+from agentlightning.errors import ConfigError
 from agentlightning.types import DType, LoraShape, MicroBatches, Quantization
+
+if TYPE_CHECKING:
+    from agentlightning.algorithms.policy_losses.inputs import PolicyLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +32,8 @@ class OptimSettings:
     idle_steps: int = 0  # the first training steps, in which it does not learn: trainer.critic_warmup for the actor
 
 
-@dataclass(frozen=True, slots=True)
-class ActorSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorSettings(PolicyLossSettings):
     """The policy's loss; names as in verl's `actor_rollout_ref.actor`."""
 
     optim: OptimSettings
@@ -34,13 +41,10 @@ class ActorSettings:
     log_prob_micro_batch: MicroBatches
     ref_micro_batch: MicroBatches
     temperature: float
-    clip_ratio_low: float
-    clip_ratio_high: float
-    clip_ratio_c: float
-    loss_agg_mode: str
     entropy_coeff: float
     kl_loss_coef: float  # 0: no KL term in the loss
     kl_loss_type: str
+    seed: int = 0  # of the random choice of clip_cov
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +87,25 @@ class WorkerSettings:
     override_config: Mapping[str, Any] = field(default_factory=dict)  # values of the model's own configuration
     quantization: Quantization | None = None
     lora_adapter_path: str | None = None  # the actor starts from this adapter; the reference is the base without it
+
+
+def load_policy_loss(loss_mode: str) -> PolicyLoss:
+    """The loss that `actor_rollout_ref.actor.policy_loss.loss_mode` names: a built-in one, or the user's own `pkg.mod:fn`.
+
+    Raises `ConfigError` if it cannot be imported, or not be called with (inputs, settings).
+    """
+    from agentlightning.algorithms.policy_losses.names import POLICY_LOSSES  # torch comes with it
+
+    if loss_mode in POLICY_LOSSES:
+        return POLICY_LOSSES[loss_mode]
+    module_name, _, name = loss_mode.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+        inspect.signature(function).bind("inputs", "settings")
+    except (ImportError, SyntaxError, AttributeError, TypeError, ValueError) as error:
+        key = "actor_rollout_ref.actor.policy_loss.loss_mode"
+        raise ConfigError(
+            f"{key}: no loss at {loss_mode!r}: {error}; expected one of {', '.join(POLICY_LOSSES)}, or an importable "
+            f"pkg.mod:fn(inputs: PolicyLossInputs, settings: PolicyLossSettings) -> (loss, metrics); mend it with {key}=vanilla"
+        ) from error
+    return function

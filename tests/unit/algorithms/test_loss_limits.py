@@ -11,7 +11,9 @@ from torch import Tensor
 from agentlightning.algorithms.advantages import grpo
 from agentlightning.algorithms.aggregation import LOSS_AGG_MODES, global_denominators
 from agentlightning.algorithms.kl import kl_penalty
-from agentlightning.algorithms.policy_losses import vanilla
+from agentlightning.algorithms.policy_losses.inputs import PolicyLossInputs
+from agentlightning.algorithms.policy_losses.settings import PolicyLossSettings
+from agentlightning.algorithms.policy_losses.vanilla import vanilla
 from agentlightning.algorithms.value_loss import value_loss
 
 
@@ -30,16 +32,9 @@ def test_nan_outside_the_mask_does_not_come_back_in_the_policy_gradient(mode: st
     def gradient(filler: float) -> Tensor:
         columns = [f64([[-1.0, -2.0, 0], [0, -3.0, 0]]), f64([[-1.1, -1.9, 0], [0, -3.0, 0]]), f64([[1, -1, 0], [0, 2, 0]])]
         log_prob_BT, old_BT, advantages_BT = (torch.where(MASK_BT, x_BT, filler) for x_BT in columns)
+        inputs = PolicyLossInputs(log_prob_BT.requires_grad_(), old_BT, advantages_BT, MASK_BT, denominators)
         loss, _ = vanilla(
-            log_prob_BT.requires_grad_(),
-            old_BT,
-            advantages_BT,
-            MASK_BT,
-            clip_ratio_low=0.2,
-            clip_ratio_high=0.2,
-            clip_ratio_c=3.0,
-            loss_agg_mode=mode,
-            denominators=denominators,
+            inputs, PolicyLossSettings(clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_c=3.0, loss_agg_mode=mode)
         )
         return torch.autograd.grad(loss, log_prob_BT)[0]
 

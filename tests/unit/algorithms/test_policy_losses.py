@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from agentlightning.algorithms.aggregation import LOSS_AGG_MODES, global_denominators
-from agentlightning.algorithms.policy_losses import vanilla
+from agentlightning.algorithms.aggregation import LOSS_AGG_MODES, LossDenominators, global_denominators
+from agentlightning.algorithms.policy_losses.inputs import PolicyLossInputs
+from agentlightning.algorithms.policy_losses.settings import PolicyLossSettings
+from agentlightning.algorithms.policy_losses.vanilla import vanilla
 
 
 def f64(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def loss_of(log_prob_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, **changes: Any):
-    settings: dict[str, Any] = {
-        "clip_ratio_low": 0.2,
-        "clip_ratio_high": 0.3,
-        "clip_ratio_c": 3.0,
-        "loss_agg_mode": "token-mean",
-        "denominators": global_denominators(mask_BT, 16),
-    }
-    return vanilla(log_prob_BT, old_BT, advantages_BT, mask_BT, **(settings | changes))
+SETTINGS = PolicyLossSettings(clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_c=3.0, loss_agg_mode="token-mean")
+
+
+def loss_of(
+    log_prob_BT: Tensor,
+    old_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    denominators: LossDenominators | None = None,
+    **changes: Any,
+):
+    inputs = PolicyLossInputs(log_prob_BT, old_BT, advantages_BT, mask_BT, denominators or global_denominators(mask_BT, 16))
+    return vanilla(inputs, replace(SETTINGS, **changes))
 
 
 def of_one_token(ratio: float, advantage: float) -> tuple[float, float, dict[str, float]]:

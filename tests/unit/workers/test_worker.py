@@ -149,7 +149,7 @@ def test_shards_of_workers_add_up_to_the_whole_gradient(settings, batch):
 
 def test_leaving_out_samples_without_advantage_is_exact(settings, batch, monkeypatch):
     ours = gradient_of_one_update(settings, batch)
-    monkeypatch.setattr(Actor, "_can_move", lambda self, batch, rows: np.ones(len(rows), dtype=bool))
+    monkeypatch.setattr(Actor, "_can_move", lambda self, batch, rows, selected_BT: np.ones(len(rows), dtype=bool))
     everything = gradient_of_one_update(settings, batch)
     assert np.linalg.norm(everything - ours) < 1e-6 * np.linalg.norm(ours)
 
