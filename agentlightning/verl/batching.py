@@ -7,16 +7,22 @@ All of it is a pure function of its arguments: nothing here has to be saved for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from agentlightning.algorithms import advantages
+from agentlightning.algorithms import overlong
 from agentlightning.algorithms.aggregation import global_denominators
+from agentlightning.algorithms.correction import KEY as CORRECTION_KEY
+from agentlightning.algorithms.correction import CorrectionSettings, rollout_correction
+from agentlightning.algorithms.filter_groups import informative_groups
 from agentlightning.algorithms.kl import AdaptiveKLController, FixedKLController, apply_kl_penalty
+from agentlightning.errors import ConfigError, RewardError
 from agentlightning.types import Batch, Completion, Prompt
-from agentlightning.verl.schema import AlgorithmConfig
+from agentlightning.verl.estimators import ESTIMATORS, KEY, EstimatorInputs, RewardDetails, estimate, load_estimator
+from agentlightning.verl.schema import AlgorithmConfig, Config, OverlongBufferConfig, RolloutCorrectionConfig
 from agentlightning.workers.messages import MiniBatch
 
 KLController = FixedKLController | AdaptiveKLController
@@ -68,8 +74,14 @@ def make_batch(prompts: Sequence[Prompt], completions: Sequence[Completion], sco
     return batch.with_columns(rollout_log_probs=log_probs_BT, token_level_scores=scores_BT)
 
 
-def with_advantages(batch: Batch, config: AlgorithmConfig, kl_controller: KLController) -> tuple[Batch, dict[str, float]]:
-    """The columns `token_level_rewards`, `advantages` and `returns`; updates the KL controller where KL is in the reward."""
+def with_advantages(
+    batch: Batch, config: AlgorithmConfig, kl_controller: KLController, details: RewardDetails | None = None
+) -> tuple[Batch, dict[str, float]]:
+    """The columns `token_level_rewards`, `advantages` and `returns`; updates the KL controller where KL is in the reward.
+
+    Samples without a reward (`details.scored_B`) get zeros and are no part of any statistic. Raises what `estimate` raises.
+    """
+    details = details or RewardDetails()
     columns = {name: torch.from_numpy(column) for name, column in batch.columns.items()}
     mask_BT = torch.from_numpy(batch.mask_BT)
     rewards_BT = columns["token_level_scores"]
@@ -78,21 +90,123 @@ def with_advantages(batch: Batch, config: AlgorithmConfig, kl_controller: KLCont
         rewards_BT, kl = apply_kl_penalty(
             rewards_BT, columns["old_log_probs"], columns["ref_log_prob"], mask_BT, kl_controller.value, config.kl_penalty
         )
+        live = int(batch.mask_BT.any(axis=1).sum())
+        kl *= len(batch) / max(live, 1)  # a mean over those samples that are trained on: the others have no KL
         metrics = {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": kl_controller.value}
-        kl_controller.update(kl, len(batch))
-    if config.adv_estimator == "gae":
-        advantages_BT, returns_BT = advantages.gae(rewards_BT, columns["values"], mask_BT, config.gamma, config.lam)
-    else:
-        groups = {uid: group for group, uid in enumerate(dict.fromkeys(batch.uids))}
-        group_B = torch.tensor([groups[uid] for uid in batch.uids])
-        if config.adv_estimator == "grpo":
-            advantages_BT, returns_BT = advantages.grpo(rewards_BT, mask_BT, group_B, config.norm_adv_by_std_in_grpo)
-        else:
-            advantages_BT, returns_BT = advantages.rloo(rewards_BT, mask_BT, group_B)
+        kl_controller.update(kl, live)
+    rows = slice(None) if details.scored_B is None else torch.from_numpy(details.scored_B)
+    inputs = EstimatorInputs(
+        config=config,
+        rewards_BT=rewards_BT[rows],
+        mask_BT=mask_BT[rows],
+        group_B=_group_ids(batch.uids)[rows],
+        columns={name: column_BT[rows] for name, column_BT in columns.items()},
+        details=details.tensors(rows),
+    )
+    advantages_BT, returns_BT = torch.zeros_like(rewards_BT), torch.zeros_like(rewards_BT)
+    advantages_BT[rows], returns_BT[rows] = (part_BT.float() for part_BT in estimate(inputs))
     batch = batch.with_columns(
-        token_level_rewards=rewards_BT.numpy(), advantages=advantages_BT.float().numpy(), returns=returns_BT.float().numpy()
+        token_level_rewards=rewards_BT.numpy(), advantages=advantages_BT.numpy(), returns=returns_BT.numpy()
     )
     return batch, metrics
+
+
+def check_algorithm(config: Config) -> None:
+    """Raise `ConfigError` for what `algorithm` and `reward` ask for and no step could do, before anything is loaded."""
+    algorithm, key = config.algorithm, KEY
+    if algorithm.adv_estimator not in ESTIMATORS:
+        load_estimator(algorithm.adv_estimator)
+    correction_settings(algorithm.rollout_correction)
+    correction = algorithm.rollout_correction
+    if algorithm.adv_estimator == "gdpo" and algorithm.use_kl_in_reward:
+        raise ConfigError(
+            f"{key}: given gdpo, which looks at the reward functions one by one and not at algorithm.use_kl_in_reward=true; "
+            "mend it with actor_rollout_ref.actor.use_kl_loss=true algorithm.use_kl_in_reward=false"
+        )
+    if algorithm.adv_estimator == "optimal_token_baseline" and correction.bypass_mode:
+        raise ConfigError(
+            f"{key}: given optimal_token_baseline, which needs the probabilities of the old_log_prob pass, with "
+            f"{CORRECTION_KEY}.bypass_mode=true, which leaves it out; mend it with {CORRECTION_KEY}.bypass_mode=false"
+        )
+    if correction.bypass_mode and (correction.rollout_is is not None or correction.rollout_rs is not None):
+        raise ConfigError(
+            f"{CORRECTION_KEY}.bypass_mode: given true, which takes the rollout's log-probs for the old ones; then every ratio "
+            f"is 1, and rollout_is={correction.rollout_is} and rollout_rs={correction.rollout_rs} do nothing; mend it with "
+            f"{CORRECTION_KEY}.bypass_mode=false"
+        )
+    if config.reward.overlong_buffer.enable:
+        overlong_penalties([], config.reward.overlong_buffer, config.data.max_response_length)
+
+
+def correction_settings(config: RolloutCorrectionConfig) -> CorrectionSettings:
+    """`algorithm.rollout_correction` as the algorithm takes it. Raises `ConfigError` for thresholds that do not fit."""
+    try:
+        return CorrectionSettings(**config.model_dump(exclude={"bypass_mode"}))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def with_rollout_correction(batch: Batch, config: AlgorithmConfig) -> tuple[Batch, dict[str, float]]:
+    """The batch with the column `rollout_is_weights` and without what was rejected in its mask, and `rollout_corr/` metrics.
+
+    Comes after the old_log_prob pass and before `with_advantages`. The mask itself becomes smaller, as verl's `response_mask`:
+    the passes that follow, the losses and the counts that they are divided by then agree, and estimators step over a rejected
+    token as over an observation; scores still count whole. Without the column `old_log_probs`, or in bypass mode, there is
+    nothing to compare: the batch stays as it is.
+    """
+    settings = correction_settings(config.rollout_correction)
+    wanted = settings.rollout_is is not None or settings.rollout_rs is not None
+    if config.rollout_correction.bypass_mode or ("old_log_probs" not in batch.columns and not wanted):
+        return batch, {}
+    if "old_log_probs" not in batch.columns:
+        raise ValueError(f"{CORRECTION_KEY} needs the column 'old_log_probs': the pass must run in every step")
+    old_BT, rollout_BT = (torch.from_numpy(batch.columns[name]) for name in ("old_log_probs", "rollout_log_probs"))
+    weights_BT, mask_BT, metrics = rollout_correction(old_BT, rollout_BT, torch.from_numpy(batch.mask_BT), settings)
+    batch = replace(batch, mask_BT=mask_BT.numpy())
+    return (batch if weights_BT is None else batch.with_columns(rollout_is_weights=weights_BT.numpy())), metrics
+
+
+def truncated(completions: Sequence[Completion]) -> np.ndarray:
+    """Which completions were cut at data.max_response_length, bool [B]."""
+    return np.array([completion.stop_reason == "length" for completion in completions], dtype=np.bool_)
+
+
+def without_samples(batch: Batch, left_out_B: np.ndarray) -> Batch:
+    """The same rows, but nothing of the samples in `left_out_B` (bool) is trained on: their mask is all false."""
+    mask_BT = overlong.without_samples(torch.from_numpy(batch.mask_BT), torch.from_numpy(left_out_B))
+    return replace(batch, mask_BT=mask_BT.numpy())
+
+
+def overlong_penalties(completions: Sequence[Completion], buffer: OverlongBufferConfig, max_response_length: int) -> np.ndarray:
+    """DAPO's punishment of long answers, float32 [B] in [-penalty_factor, 0], to be added to the scores; zeros if switched off.
+
+    Raises `ConfigError` if the buffer is longer than a response may be.
+    """
+    length_B = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.int64)
+    if not buffer.enable:
+        return np.zeros(len(completions), dtype=np.float32)
+    try:
+        penalty_B = overlong.soft_overlong_punishment(length_B, max_response_length, buffer.len, buffer.penalty_factor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return penalty_B.numpy()
+
+
+def informative_samples(uids: Sequence[str], metric_B: np.ndarray) -> np.ndarray:
+    """Which samples belong to prompts whose samples differ in the metric, bool [B]: what dynamic sampling keeps.
+
+    Raises `RewardError` if the metric is not a finite number for each sample.
+    """
+    try:
+        return informative_groups(torch.from_numpy(np.asarray(metric_B)), _group_ids(uids)).numpy()
+    except ValueError as error:
+        raise RewardError(str(error)) from error
+
+
+def _group_ids(uids: Sequence[str]) -> Tensor:
+    """A number for each prompt, int64 [B]."""
+    groups = {uid: group for group, uid in enumerate(dict.fromkeys(uids))}
+    return torch.tensor([groups[uid] for uid in uids], dtype=torch.int64)
 
 
 def rollout_probs_diff(batch: Batch, log_probs_BT: np.ndarray) -> dict[str, float]:
