@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl and reward.png always, Weights & Biases if asked.
+"""Where a run's numbers and samples go: metrics.jsonl and reward.png always; W&B, TensorBoard and MLflow if asked.
 
 One flat dict of metrics a step goes in; metrics.jsonl holds one line a step, each step exactly once however often the run was
 killed. It exists apart from the trainer because going on in the same file is delicate: a step whose checkpoint was not
@@ -11,25 +11,28 @@ import itertools
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from agentlightning.checkpoint.files import replace_file
-from agentlightning.errors import ConfigError, DataError
+from agentlightning.errors import DataError
+from agentlightning.verl.loggers import start_loggers
 from agentlightning.verl.metrics import ATTEMPT, STEP
 from agentlightning.verl.plot import draw_reward_curve
-
-if TYPE_CHECKING:
-    import wandb
+from agentlightning.verl.tracking_mlflow import MLFLOW_ID_FILE
+from agentlightning.verl.tracking_samples import GenerationSample, write_rollouts
+from agentlightning.verl.tracking_secrets import without_secrets
+from agentlightning.verl.tracking_service import RunInfo
+from agentlightning.verl.tracking_tensorboard import TENSORBOARD_DIR
+from agentlightning.verl.tracking_wandb import WANDB_ID_FILE
 
 METRICS_FILE = "metrics.jsonl"
 REWARD_PICTURE = "reward.png"
-WANDB_ID_FILE = "wandb_run_id.txt"
+RUN_FILES = (METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, MLFLOW_ID_FILE, TENSORBOARD_DIR)  # what a run that starts over leaves
 _SECONDS_BETWEEN_PICTURES = 20.0  # a picture costs about 0.1 s
 
 
@@ -94,32 +97,39 @@ class Tracking:
     """The loggers of one run.
 
     Start: `tracking = Tracking(run_dir, ...)`, then `resume(step, metrics)` with the step of the checkpoint (0 for a new run).
-    Each step: `log(step, metrics)`. End: `finish()`. `attempt` counts the starts whose lines have been in metrics.jsonl.
+    Each step: `log_val_generations` and `log_rollouts` if there is something, then `log(step, metrics)`. End: `finish()`.
+    `attempt` counts the starts whose lines have been in metrics.jsonl. A disk or a service that fails ends nothing: `trouble`
+    says it once.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
-        logger: Sequence[Literal["console", "wandb"]] = (),
+        logger: Sequence[Literal["console", "wandb", "tensorboard", "mlflow"]] = (),
         project_name: str = "agentlightning",
         experiment_name: str = "",
         config: Mapping[str, Any] | None = None,
         wandb_run_id: str | None = None,
+        mlflow_run_id: str | None = None,
+        rollout_data_dir: Path | None = None,
     ) -> None:
-        """`wandb_run_id`: the one a checkpoint holds; without it the run directory's own is used, or a new one made."""
+        """`config` is shown by the loggers without its secrets. `ConfigError` if one of them does not start.
+
+        `wandb_run_id`, `mlflow_run_id`: those a checkpoint holds; without them the run directory's own, or new ones.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
         self.title = f"{project_name} / {experiment_name}"
+        self.rollout_data_dir = rollout_data_dir
         self.file = MetricsFile(run_dir / METRICS_FILE)
         self.attempt = 1 + max((line.get(ATTEMPT, 0) for line in self.file.lines), default=0)
-        self.trouble: str | None = None  # what went wrong with the last line
-        self.wandb_run_id: str | None = None
-        self._wandb: wandb.Run | None = None
+        self.trouble: str | None = None  # what went wrong since the line before the last one
+        self._troubles: list[str] = []  # not yet told
         self._last_picture = time.monotonic()
-        if "wandb" in logger:
-            self.wandb_run_id = wandb_run_id or _kept_wandb_id(run_dir / WANDB_ID_FILE)
-            self._wandb = _start_wandb(run_dir, self.wandb_run_id, project_name, experiment_name, config or {})
+        run = RunInfo(run_dir, project_name, experiment_name, without_secrets(config or {}))
+        run_ids = {"wandb": wandb_run_id, "mlflow": mlflow_run_id}
+        self._loggers = start_loggers(logger, run, run_ids, self._troubles.append)
 
     @property
     def history(self) -> Sequence[Mapping[str, Any]]:
@@ -132,9 +142,19 @@ class Tracking:
         return self.run_dir / REWARD_PICTURE
 
     @property
+    def wandb_run_id(self) -> str | None:
+        """The run's id at W&B, for checkpoints; None without W&B."""
+        return self._loggers["wandb"].logger.run_id if "wandb" in self._loggers else None
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The run's id at MLflow, for checkpoints; None without MLflow."""
+        return self._loggers["mlflow"].logger.run_id if "mlflow" in self._loggers else None
+
+    @property
     def wandb_url(self) -> str | None:
         """The run's page; None without W&B or offline."""
-        return self._wandb.url if self._wandb is not None and not self._wandb.offline else None
+        return self._loggers["wandb"].logger.url if "wandb" in self._loggers else None
 
     def resume(self, step: int, metrics: Mapping[str, Any] | None = None) -> int:
         """Go on after the checkpoint of `step`, whose own line was `metrics`. Returns how many lines will be done again.
@@ -143,26 +163,38 @@ class Tracking:
         checkpoint is, no line stays.
         """
         dropped = self.file.truncate_after(step if step > 0 else -1)
+        for logger in self._loggers.values():
+            logger.logger.resume(self.file.last_step)
         if metrics is not None and self.file.last_step < step:
-            self.log(step, metrics)
+            self._write(step, metrics)
+        self._log_missing()
         return dropped
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One finished step. metrics.jsonl has it, with `training/attempt`, on the disk when this returns."""
-        metrics = {ATTEMPT: self.attempt, **metrics}
-        self.trouble = None
-        try:
-            self.file.append(step, metrics)
-        except OSError as error:  # no reason to end a run: the line is written when there is room again
-            self.trouble = f"{self.file.path} could not be written ({error.strerror or error}); the line of step {step} is kept"
-        # W&B knows no way back: a step that is done again gives the same numbers, which it already has.
-        if self._wandb is not None and step >= self._wandb.step:
-            self._wandb.log(dict(metrics), step=step)
-        if self.trouble is None and time.monotonic() - self._last_picture > _SECONDS_BETWEEN_PICTURES:
+        if self._write(step, metrics) and time.monotonic() - self._last_picture > _SECONDS_BETWEEN_PICTURES:
             try:
                 self.draw()
             except OSError as error:
-                self.trouble = f"{self.picture} could not be drawn ({error.strerror or error})"
+                self._troubles.append(f"{self.picture} could not be drawn ({error.strerror or error})")
+        self._log_missing()
+        self._tell()
+
+    def log_val_generations(self, step: int, rows: Sequence[GenerationSample]) -> None:
+        """Validation samples of `step`, shown as a table by the loggers; to be called before `log(step, ...)`."""
+        for logger in self._loggers.values():
+            logger.table(step, rows)
+
+    def log_rollouts(self, step: int, samples: Sequence[GenerationSample]) -> None:
+        """All samples of a training step, as `<rollout_data_dir>/<step>.jsonl`; nothing without that directory."""
+        if self.rollout_data_dir is None:
+            return
+        try:
+            write_rollouts(self.rollout_data_dir, step, samples)
+        except OSError as error:
+            self._troubles.append(
+                f"the samples of step {step} could not be written to {self.rollout_data_dir} ({error.strerror or error})"
+            )
 
     def draw(self) -> None:
         """Bring reward.png up to date."""
@@ -170,11 +202,33 @@ class Tracking:
         self._last_picture = time.monotonic()
 
     def finish(self, exit_code: int = 0) -> None:
-        """The lines that are still to be written, the last picture, and W&B's own end."""
-        self.file.flush()
-        self.draw()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        """The lines that are still to be written, the last picture, and the loggers' own ends. OSError if the disk is full."""
+        try:
+            self.file.flush()
+            self.draw()
+        finally:
+            for logger in self._loggers.values():
+                logger.finish(self.history, exit_code)
+            self._tell()
+
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Whether the line of `step` is on the disk."""
+        try:
+            self.file.append(step, {ATTEMPT: self.attempt, **metrics})
+        except OSError as error:  # no reason to end a run: the line is written when there is room again
+            self._troubles.append(
+                f"{self.file.path} could not be written ({error.strerror or error}); the line of step {step} is kept"
+            )
+            return False
+        return True
+
+    def _log_missing(self) -> None:
+        for logger in self._loggers.values():
+            logger.log_missing(self.history)
+
+    def _tell(self) -> None:
+        self.trouble = "\n".join(self._troubles) or None
+        self._troubles.clear()
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:
@@ -216,33 +270,3 @@ def _not_ours(path: Path, what: str) -> DataError:
         f"{path}: {what}; expected one JSON object a step, in order; mend the file, or start in another directory with "
         "trainer.default_local_dir=<directory>"
     )
-
-
-def _kept_wandb_id(path: Path) -> str:
-    """The W&B run id of this run directory, made and kept at its first start, before any checkpoint exists."""
-    if path.is_file():
-        return path.read_text().strip()
-    run_id = secrets.token_hex(4)
-    replace_file(path, f"{run_id}\n".encode())
-    return run_id
-
-
-def _start_wandb(run_dir: Path, run_id: str, project: str, name: str, config: Mapping[str, Any]) -> wandb.Run:
-    import wandb
-
-    try:
-        return wandb.init(
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow",
-            dir=str(run_dir),
-            config=dict(config),
-            # The console shows what is to be seen; capturing its live display would garble both.
-            settings=wandb.Settings(console="off", silent=True),
-        )
-    except wandb.Error as error:
-        raise ConfigError(
-            f"trainer.logger: given wandb, which does not start: {error}; log in with `wandb login`, work offline with "
-            "WANDB_MODE=offline in the environment, or mend it with trainer.logger=[console]"
-        ) from error

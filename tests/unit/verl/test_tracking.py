@@ -10,6 +10,7 @@ import pytest
 
 from agentlightning.errors import ConfigError, DataError
 from agentlightning.verl import tracking as tracking_module
+from agentlightning.verl import tracking_wandb
 from agentlightning.verl.metrics import ATTEMPT, SCORE, STEP
 from agentlightning.verl.plot import draw_reward_curve, resumed_at, series, smoothed
 from agentlightning.verl.tracking import MetricsFile, Tracking
@@ -158,6 +159,8 @@ def test_series_and_smoothing_by_hand() -> None:
 class FakeWandbRun:
     """Stands for the service: W&B's own process is exercised by the offline test below."""
 
+    offline = False
+
     def __init__(self, step: int) -> None:
         self.step = step
         self.logged: list[int] = []
@@ -175,11 +178,11 @@ def test_wandb_gets_no_step_twice_and_the_same_run_id_after_a_kill(tmp_path: Pat
     ids: list[str] = []
     run = FakeWandbRun(step=6)  # the service already has steps up to 5
 
-    def start(run_dir: Path, run_id: str, *_: object) -> FakeWandbRun:
+    def start(_: object, run_id: str) -> FakeWandbRun:
         ids.append(run_id)
         return run
 
-    monkeypatch.setattr(tracking_module, "_start_wandb", start)
+    monkeypatch.setattr(tracking_wandb, "_start_wandb", start)
     Tracking(tmp_path, logger=["wandb"])  # killed before its first checkpoint
     tracking = Tracking(tmp_path, logger=["wandb"])
     tracking.resume(3)
