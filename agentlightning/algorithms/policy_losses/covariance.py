@@ -54,4 +54,4 @@ def selected(inputs: PolicyLossInputs) -> Tensor:
     """The tokens that were chosen, bool [B, T]. Raises ValueError where nobody has chosen."""
     if inputs.selected_BT is None:
         raise ValueError("no selected_BT was given, expected the tokens that the loss's own choice has picked, bool [B, T]")
-    return inputs.selected_BT & inputs.mask_BT.bool()
+    return inputs.selected_BT

@@ -150,6 +150,16 @@ def test_on_policy_the_gradient_is_reinforce(mode: str):
     assert metrics["ppo_kl"] == 0
 
 
+def test_kl_cov_does_not_pull_by_the_sign_of_noise():
+    """A second pass over the same weights differs by a float's last bits; |d| would turn them into a whole gradient."""
+    inputs = random_inputs()
+    still = replace(inputs, old_log_prob_BT=inputs.log_prob_BT)
+    noisy = replace(inputs, old_log_prob_BT=inputs.log_prob_BT + 1e-6 * (inputs.advantages_BT.sign()))
+    torch.testing.assert_close(run("kl_cov", noisy)[2], run("kl_cov", still)[2], rtol=1e-5, atol=1e-5)
+    moved = replace(inputs, old_log_prob_BT=inputs.log_prob_BT + 1e-4)
+    assert (run("kl_cov", moved)[2] - run("kl_cov", still)[2]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_and_padding_change_nothing(mode: str):
     inputs = random_inputs()
