@@ -138,6 +138,12 @@ def test_rloo_by_hand():
     torch.testing.assert_close(returns_BT, advantages_BT)
 
 
+def test_rloo_keeps_double_precision():
+    # three samples: 3/2 is exact in float32, but for four 4/3 is not
+    advantages_BT, _ = rloo(rewards_at_end([1, 0, 0, 0]), ones(4, 2), torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(advantages_BT[:, 0], f64([[1, -1 / 3, -1 / 3, -1 / 3]])[0], rtol=0, atol=1e-15)
+
+
 def test_the_score_is_the_sum_of_a_sample_s_rewards():
     spread_BT = f64([[1, 2, 4], [0, 0, 1]])
     group_B = torch.tensor([0, 0])

@@ -129,6 +129,12 @@ def test_reinforce_plus_plus_by_hand():
     torch.testing.assert_close(advantages_BT, f64([[(x - 14 / 3) / math.sqrt(28 / 3) for x in (2, 4, 8)]]))
 
 
+def test_reinforce_plus_plus_equal_returns_are_not_whitened_into_noise():
+    """The float32 mean of a thousand 0.7 is not 0.7; divided by a deviation of nothing, the error would be trained on."""
+    advantages_BT, _ = reinforce_plus_plus(at_end([0.7] * 2, [500, 500], 500).float(), mask_of([500, 500], 500), 1.0)
+    assert advantages_BT.abs().max().item() == 0
+
+
 def test_reinforce_plus_plus_baseline_against_loops():
     centred = [SCORES[i] - statistics.mean(SCORES[j] for j in PEERS[i]) for i in range(12)]
     expected = whitened_by_hand([[x] * 6 for x in centred], MASK_BT)
