@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -71,7 +72,7 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise not_found(path, error) from error
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError) as error:  # shapes, and values that only the model's own code looks at
         raise _does_not_fit(path, override_config or {}, error) from error
     model, report = loaded
     if report["missing_keys"]:
@@ -123,7 +124,13 @@ def load_model_config(path: str, trust_remote_code: bool, override: Mapping[str,
     if not override:
         return config
     known = config.to_dict()
-    return type(config).from_dict(_merged(known, _in_their_places(override, known)))
+    try:
+        return type(config).from_dict(_merged(known, _in_their_places(override, known)))
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{_OVERRIDE}: given {dict(override)}: {reason}; mend it with a value that the model's configuration takes"
+        ) from error
 
 
 def _in_their_places(override: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +156,10 @@ def _merged(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(tree)
     for key, value in other.items():
         before = merged.get(key)
-        merged[key] = _merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merged(before, value)
+        else:
+            merged[key] = list(value) if isinstance(value, tuple) else value
     return merged
 
 
