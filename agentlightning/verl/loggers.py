@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from agentlightning.errors import ConfigError
@@ -22,6 +23,7 @@ from agentlightning.verl.tracking_tensorboard import TensorboardLogger
 from agentlightning.verl.tracking_wandb import WandbLogger
 
 _SECONDS_BETWEEN_TRIES = 30.0  # of a logger that fails: each try may take as long as its timeouts
+_LONGEST_REASON = 200  # characters
 
 LOGGERS: Mapping[str, Callable[[RunInfo, str | None], Logger]] = {
     "tensorboard": TensorboardLogger,
@@ -79,7 +81,7 @@ class SteadyLogger:
         except (LoggerError, OSError) as error:
             if self._failing_until is None:
                 said = str(without_secrets(str(error))).strip() or type(error).__name__
-                self._tell(f"{self.name} could not be written ({said.splitlines()[0]}); {loss}")
+                self._tell(f"{self.name} could not be written ({shorten(said.splitlines()[0], _LONGEST_REASON)}); {loss}")
             self._failing_until = time.monotonic() + _SECONDS_BETWEEN_TRIES
         else:
             self._failing_until = None
