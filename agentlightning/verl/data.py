@@ -1,84 +1,44 @@
 """Data files as prompts, and which prompts a step gets.
 
-jsonl or parquet files with verl's columns go in (`prompt` as chat messages, `data_source`, `reward_model.ground_truth`,
-`extra_info`); checked, tokenized `Prompt`s come out, in an order that is a pure function of (seed, epoch, position): a resumed
-run needs the number of its next step and nothing else. Every row is checked before training starts.
+jsonl or parquet files, or a dataset that `datasets` saved, go in, with verl's columns (`prompt` as chat messages,
+`data_source`, `reward_model.ground_truth`, `extra_info`); checked, tokenized `Prompt`s come out, in an order that is a pure
+function of (seed, position): a resumed run needs the number of its next step and nothing else.
+
+Up to 20,000 rows are all checked before training starts. Of more, the first rows of up to eight files are; the others are
+read, checked and tokenized when a step gets them, so that the start takes seconds and memory does not grow with the files. A
+wrong row then ends the run with a `DataError` that names it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from agentlightning.errors import ConfigError, DataError
 from agentlightning.types import Prompt
+from agentlightning.verl.data_files import RowFiles, open_files
+from agentlightning.verl.data_order import EpochOrder, MixtureOrder, Order, RowSet, SamplerOrder
+from agentlightning.verl.data_rows import PromptMaker, Row
+from agentlightning.verl.data_sampler import load_sampler
+from agentlightning.verl.data_store import CheckedPrompts, LazyPrompts
 from agentlightning.verl.schema import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["PromptDataset", "batches", "load_prompts", "load_rows", "number_repeats"]
+
 Split = Literal["train", "val"]
-EXPECTED_ROW = '{"prompt": [{"role": "user", "content": "..."}], "data_source": "...", "reward_model": {"ground_truth": "..."}}'
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data file and where it stands."""
-
-    values: Mapping[str, Any]
-    where: str  # "path, line 3" or "path, row 3"; both count from 1
+SMALL = 20_000  # rows that are read and checked before training starts
+_ATTEMPTS = 100  # rows that are looked at for one that is not too long
 
 
 def load_rows(files: str | Sequence[str], key: str) -> list[Row]:
     """All rows of `files`, in their order. `key` is the override that named them, for the messages of `DataError`."""
-    names = [files] if isinstance(files, str) else list(files)
-    rows: list[Row] = []
-    for name in names:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise DataError(f"{key}: {name} is not there; expected a .jsonl or .parquet file; mend it with {key}=<file>")
-        if path.suffix == ".jsonl":
-            rows += _read_jsonl(path)
-        elif path.suffix == ".parquet":
-            rows += _read_parquet(path, key)
-        else:
-            raise DataError(f"{key}: {name} ends with {path.suffix!r}; expected .jsonl or .parquet; mend it with {key}=<file>")
-    if not rows:
-        raise DataError(f"{key}: {', '.join(names)} holds no row; expected rows like {EXPECTED_ROW}; mend it with {key}=<file>")
-    return rows
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-                raise DataError(f"{where}: not JSON ({error}); expected {EXPECTED_ROW}") from error
-            if not isinstance(values, dict):
-                raise DataError(f"{where}: a {type(values).__name__}, expected a JSON object like {EXPECTED_ROW}")
-            yield Row(values, where)
-
-
-def _read_parquet(path: Path, key: str) -> list[Row]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{key}: {path} cannot be read as parquet ({reason}); mend it with {key}=<file>") from error
-    return [Row(values, f"{path}, row {number}") for number, values in enumerate(table.to_pylist(), start=1)]
+    return open_files(files, key).all_rows()
 
 
 def load_prompts(split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -90,126 +50,97 @@ def load_prompts(split: Split, data: DataConfig, tokenizer: PreTrainedTokenizerB
     files = data.train_files if split == "train" else data.val_files
     if files is None:
         return []
-    key = f"data.{split}_files"
-    rows = load_rows(files, key)
-    if split == "train":
-        rows = rows[: data.train_max_samples]
-    prompts = [_make_prompt(f"{split}:{i}", row, data, tokenizer) for i, row in enumerate(rows)]
-    fitting = _within_limit(prompts, rows, data)
-    if not fitting:
+    limit = data.train_max_samples if split == "train" else None
+    prompts = _check_all(open_files(files, f"data.{split}_files", limit), split, PromptMaker(data, tokenizer))
+    return [prompt for prompt in prompts if prompt is not None]
+
+
+def _check_all(files: RowFiles, split: Split, maker: PromptMaker) -> list[Prompt | None]:
+    """A prompt for each row; None where it is left out."""
+    rows = files.all_rows()
+    prompts = maker.fit([maker.make(f"{split}:{i}", row) for i, row in enumerate(rows)], rows)
+    if not any(prompts):
+        limit = maker.data.max_prompt_length
         raise DataError(
-            f"{key}: each of its {len(rows)} prompts is longer than data.max_prompt_length={data.max_prompt_length}; "
+            f"data.{split}_files: each of its {len(rows)} prompts is longer than data.max_prompt_length={limit}; "
             f"mend it with data.max_prompt_length=<more> or data.filter_overlong_prompts=false data.truncation=left"
         )
-    return fitting
-
-
-def _make_prompt(uid: str, row: Row, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The row as a prompt, however long."""
-    messages = _messages(row, data.prompt_key)
-    extra_info = row.values.get("extra_info") or {}
-    if not isinstance(extra_info, dict):
-        raise DataError(f"{row.where}: extra_info is {_short(extra_info)}, expected an object, or no such column")
-    return Prompt(
-        uid=uid,
-        messages=messages,
-        token_ids=_tokenize(messages, row, tokenizer),
-        data_source=str(_column(row, data.reward_fn_key, "data.reward_fn_key")),
-        ground_truth=_ground_truth(row),
-        extra_info=extra_info,
-    )
-
-
-def _column(row: Row, name: str, key: str) -> Any:
-    if name not in row.values:
-        columns = ", ".join(row.values) or "none"
-        raise DataError(f"{row.where}: no column {name!r}; it has {columns}; mend it with {key}=<one of them>")
-    return row.values[name]
-
-
-def _messages(row: Row, prompt_key: str) -> tuple[dict[str, str], ...]:
-    given = _column(row, prompt_key, "data.prompt_key")
-    is_chat = isinstance(given, list) and given and all(isinstance(m, dict) for m in given)
-    if not is_chat or not all(isinstance(m.get(word), str) for m in given for word in ("role", "content")):
-        raise DataError(
-            f"{row.where}: column {prompt_key!r} is {_short(given)}, expected chat messages such as "
-            f'[{{"role": "user", "content": "..."}}]; mend the file, or set data.prompt_key=<the column that holds them>'
-        )
-    return tuple(given)
-
-
-def _ground_truth(row: Row) -> Any:
-    reward_model = row.values.get("reward_model")
-    if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
-        found = "is missing" if reward_model is None else f"is {_short(reward_model)}"
-        raise DataError(
-            f'{row.where}: column \'reward_model\' {found}, expected an object such as {{"ground_truth": "42"}}; '
-            f"mend the file, or set data.train_files / data.val_files to another"
-        )
-    return reward_model["ground_truth"]
-
-
-def _tokenize(messages: Sequence[dict[str, str]], row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise DataError(
-            f"{row.where}: the model's chat template refuses these messages ({error}); mend the file, or set "
-            f"data.prompt_key=<the column that holds the messages>"
-        ) from error
-    return tuple(tokenizer.encode(str(text), add_special_tokens=False))
-
-
-def _within_limit(prompts: Sequence[Prompt], rows: Sequence[Row], data: DataConfig) -> list[Prompt]:
-    """The prompts with what is longer than `data.max_prompt_length` refused, left out or cut, as the configuration says."""
-    limit = data.max_prompt_length
-    overlong = [i for i, prompt in enumerate(prompts) if len(prompt.token_ids) > limit]
-    if data.filter_overlong_prompts:
-        return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
-    if overlong and data.truncation == "error":
-        first, longest = overlong[0], max(len(prompts[i].token_ids) for i in overlong)
-        raise DataError(
-            f"{rows[first].where}: the prompt has {len(prompts[first].token_ids)} tokens, data.max_prompt_length={limit} "
-            f"({len(overlong)} of {len(prompts)} prompts are longer); mend it with data.max_prompt_length={longest}, "
-            f"data.filter_overlong_prompts=true or data.truncation=left"
-        )
-    kept = slice(-limit, None) if data.truncation == "left" else slice(limit)
-    return [replace(prompt, token_ids=prompt.token_ids[kept]) for prompt in prompts]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return prompts
 
 
 class PromptDataset:
-    """The training prompts and the order in which steps get them."""
+    """The training prompts and the order in which steps get them: an endless stream of positions, cut into steps and epochs.
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, *, shuffle: bool, seed: int) -> None:
-        if len(prompts) < batch_size:
+    Without `mixture` and `sampler` each epoch holds every row once, in the order that (seed, epoch) gives; the rest of an epoch
+    that is no whole batch is left out, as verl does. With `mixture` (weights by data source) every stretch of positions holds
+    the sources in the proportion of their weights, each source goes through its own epochs, and a source without a weight is
+    left out. With `sampler` (`pkg.mod:fn`, see data_sampler.py) a function of the user's names the rows. In both cases an epoch
+    is as many whole batches as the rows in use would fill. Of parquet files too large to be held, rows are shuffled bucket by
+    bucket (data_order.py).
+
+    A row that is None is too long: without `sampler` it counts for nothing, with it another row stands in.
+    Raises `ConfigError` if a batch takes more rows than there are, or if mixture or sampler do not fit the rows.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt | None] | LazyPrompts,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        mixture: Mapping[str, float] | None = None,
+        sampler: str | None = None,
+    ) -> None:
+        if mixture and sampler:
             raise ConfigError(
-                f"data.train_batch_size: given {batch_size}, but the training files hold {len(prompts)} usable prompts; "
-                f"mend it with data.train_batch_size={len(prompts)} or data.train_files=<more>"
+                f"data.sampler: given {sampler} together with data.mixture, expected one of them; "
+                f"mend it with data.sampler=null or 'data.mixture={{}}'"
             )
-        self._prompts = tuple(prompts)
+        if isinstance(prompts, LazyPrompts):
+            self._prompts = prompts
+        else:
+            self._prompts = CheckedPrompts(prompts if sampler else [prompt for prompt in prompts if prompt is not None])
         self._batch_size = batch_size
-        self._order = lru_cache(maxsize=2)(_shuffled_order if shuffle else _file_order)
-        self._seed = seed
+        self._order: Order
+        if sampler:
+            self._rows = len(self._prompts)
+            self._order = SamplerOrder(load_sampler(sampler, seed, self._rows), self._rows, seed)
+        elif mixture:
+            self._order, self._rows = _mixture_order(self._prompts, mixture, shuffle, seed)
+        else:
+            rows = _all_rows(self._prompts)
+            self._rows = len(rows)
+            whole_batches = max(self._rows // batch_size, 1) * batch_size
+            self._order = EpochOrder(rows, shuffle=shuffle, seed=seed, length=whole_batches, memory=self._prompts.hold(1))
+        if self._rows < batch_size:
+            raise ConfigError(
+                f"data.train_batch_size: given {batch_size}, but the training files hold {self._rows} usable prompts; "
+                f"mend it with data.train_batch_size={self._rows} or data.train_files=<more>"
+            )
 
     @classmethod
     def from_config(cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
-        """Read, check and tokenize `data.train_files`."""
-        return cls(load_prompts("train", data, tokenizer), data.train_batch_size, shuffle=data.shuffle, seed=data.seed)
+        """Open `data.train_files`; read, check and tokenize all rows, or of more than 20,000 the first."""
+        files = open_files(data.train_files, "data.train_files", data.train_max_samples)
+        maker = PromptMaker(data, tokenizer)
+        prompts = _check_all(files, "train", maker) if len(files) <= SMALL else LazyPrompts(files, "train", maker)
+        return cls(
+            prompts,
+            data.train_batch_size,
+            shuffle=data.shuffle,
+            seed=data.seed,
+            mixture=data.mixture,
+            sampler=data.sampler,
+        )
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return self._rows
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the data; the rest of an epoch is left out, as verl does."""
-        return len(self._prompts) // self._batch_size
+        """Whole batches in the rows in use; the rest of an epoch is left out, as verl does."""
+        return self._rows // self._batch_size
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that step `step` (from 1) belongs to."""
@@ -219,27 +150,91 @@ class PromptDataset:
         """The `train_batch_size` prompts of step `step` (from 1)."""
         if step < 1:
             raise ValueError(f"step {step}: steps count from 1")
-        order = self._order(len(self._prompts), self._seed, self.epoch_of(step))
-        start = (step - 1) % self.steps_per_epoch * self._batch_size
-        return [self._prompts[i] for i in order[start : start + self._batch_size]]
+        return self.prompts_at((step - 1) * self._batch_size, self._batch_size)
+
+    def prompts_at(self, position: int, count: int) -> list[Prompt]:
+        """The prompts at positions `position` to `position + count - 1` (from 0) of the endless stream.
+
+        A row that comes again within these positions (a small source with a large weight, a sampler, the edge of an epoch) is a
+        prompt of its own: see `number_repeats`. Raises `DataError` for a row that is wrong, of files that are read as they go.
+        """
+        if position < 0 or count < 0:
+            raise ValueError(f"{count} prompts at position {position}: both count from 0")
+        row_N = self._order.rows(np.arange(position, position + count))
+        prompts = {i: self._fitting(int(row_N[i]), position + i) for i in np.argsort(row_N, kind="stable").tolist()}
+        return number_repeats([prompts[i] for i in range(count)])
+
+    def _fitting(self, row: int, position: int) -> Prompt:
+        """The row's prompt, or where that is too long another's, which hangs on (seed, position, attempt) alone."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            prompt = self._prompts[row]
+            if prompt is not None:
+                return prompt
+            row = self._order.another(position, attempt)
+        raise DataError(
+            f"data.train_files: {_ATTEMPTS} rows drawn for position {position} are all longer than data.max_prompt_length; "
+            f"mend it with data.max_prompt_length=<more> or data.filter_overlong_prompts=false data.truncation=left"
+        )
 
     def fingerprint(self) -> str:
-        """A digest of the prompts, answers and everything a reward sees: equal where a resumed run trains on the same data."""
-        digest = hashlib.blake2b(digest_size=16)
-        for prompt in self._prompts:
-            row = [prompt.uid, prompt.token_ids, prompt.data_source, prompt.ground_truth, prompt.extra_info]
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
+        """A digest of the prompts, answers and everything a reward sees: equal where a resumed run trains on the same data.
+
+        Of data that are read as they go it is a digest of the files' bytes (of more than 8 GiB, of samples of them) and of the
+        keys that say how rows become prompts. What a file is called and where it lies does not matter.
+        """
+        return self._prompts.fingerprint()
 
 
-def _shuffled_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the rows. numpy keeps the raw words of Philox for ever, but not what `permutation` makes of them."""
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(rows)
-    return np.argsort(words, kind="stable")
+def _all_rows(prompts: CheckedPrompts | LazyPrompts) -> RowSet:
+    edge_K1, memory_K = prompts.blocks()
+    return RowSet(edge_K1, memory_K)
 
 
-def _file_order(rows: int, _seed: int, _epoch: int) -> np.ndarray:
-    return np.arange(rows)
+def _mixture_order(
+    prompts: CheckedPrompts | LazyPrompts, mixture: Mapping[str, float], shuffle: bool, seed: int
+) -> tuple[MixtureOrder, int]:
+    """The order, and how many rows are in use."""
+    names, code_R = prompts.sources()
+    weights = {name: weight for name, weight in sorted(mixture.items()) if weight > 0}
+    there = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    if not weights:
+        raise ConfigError(
+            f"data.mixture: given {dict(mixture)}, expected a weight above 0; the training files hold {there}; "
+            f"mend it with 'data.mixture={{{names[0]}: 1}}'"
+        )
+    for name in weights:
+        if name not in names:
+            raise ConfigError(
+                f"data.mixture: given a weight for {name!r}, of which the training files hold no usable row; they hold "
+                f"{there}; mend it with 'data.mixture={{{names[0]}: 1}}', or set data.train_files=<files that hold it>"
+            )
+    edge_K1, memory_K = prompts.blocks()
+    memory = prompts.hold(len(weights))
+    sets = [RowSet(edge_K1, memory_K, code_R, names.index(name)) for name in weights]
+    orders = [EpochOrder(rows, shuffle=shuffle, seed=seed, memory=memory, stream=i) for i, rows in enumerate(sets)]
+    order = MixtureOrder(orders, list(weights.values()))
+    for name, count in zip(weights, order.count_S.tolist(), strict=True):
+        if count == 0:
+            raise ConfigError(
+                f"data.mixture: the weight {weights[name]:g} of {name!r} is less than 1/{order.count_S.sum()} of all, expected "
+                f"more or 0; mend it with 'data.mixture={{{name}: 0, ...}}'"
+            )
+    return order, sum(len(rows) for rows in sets)
+
+
+def number_repeats(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, where a row comes again with the uid `split:row#2`, `#3`, ...: a group of its own, with samples of its own.
+
+    Prompts that are numbered already may be given again, with more behind them.
+    """
+    seen: dict[str, int] = {}
+    numbered: list[Prompt] = []
+    for prompt in prompts:
+        row = prompt.uid.partition("#")[0]
+        seen[row] = seen.get(row, 0) + 1
+        uid = row if seen[row] == 1 else f"{row}#{seen[row]}"
+        numbered.append(prompt if uid == prompt.uid else replace(prompt, uid=uid))
+    return numbered
 
 
 def batches(prompts: Sequence[Prompt], size: int | None) -> list[Sequence[Prompt]]:

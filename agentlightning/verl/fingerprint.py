@@ -40,6 +40,10 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
         "trainer.seed": trainer.seed,
         **_model_options(model),
     }
+    if config.data.mixture:
+        breaking["data.mixture"] = dict(config.data.mixture)
+    if config.data.sampler is not None:
+        breaking["data.sampler"] = config.data.sampler
     if train_data is not None:
         breaking[_DATA_DIGEST] = train_data.fingerprint()
     if config.uses_critic:
