@@ -1,4 +1,4 @@
-"""AdamW by name against the update worked out by hand in float64; schedules against transformers'; what is undone or refused."""
+"""AdamW by name against the update by hand in float64; schedules against transformers'; what is undone or refused."""
 
 import math
 import multiprocessing
