@@ -35,7 +35,8 @@ LOGGERS: Mapping[str, Callable[[RunInfo, str | None], Logger]] = {
 def check_installed(names: Sequence[str]) -> None:
     """Raise `ConfigError` if a logger of `trainer.logger` is asked for whose library is not there. Imports none of them."""
     for name in names:
-        if name in LOGGERS and importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name) if name in LOGGERS else None
+        if name in LOGGERS and (spec is None or spec.origin is None):  # without an origin: a directory that has the same name
             raise ConfigError(
                 f"trainer.logger: given {name}, which is not installed; pip install -e '.[{name}]', or mend it with "
                 "trainer.logger=[console]"

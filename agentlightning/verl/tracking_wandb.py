@@ -28,7 +28,7 @@ class WandbLogger:
         )
         self._run = _start_wandb(run, self.run_id)
         self.last_step = self._run.step - 1
-        self._rows: list[list[str | float]] = []  # of all tables so far: W&B cannot add to one, so each shows them all
+        self._rows: list[list[str | float]] = []  # since this start: W&B cannot add to a table, so each has all before
         self._table_step = -1
 
     @property

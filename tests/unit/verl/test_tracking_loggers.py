@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,8 +130,12 @@ def test_the_disk_s_trouble_does_not_keep_the_loggers_from_their_end(tmp_path: P
     assert fake.calls[-1] == ("finish", 3)
 
 
-def test_a_logger_whose_library_is_missing_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "mlflow" else object())
+@pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)])  # nothing; a directory ./mlflow
+def test_a_logger_whose_library_is_missing_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: object
+) -> None:
+    there = SimpleNamespace(origin="__init__.py")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found if name == "mlflow" else there)
     check_installed(["console", "wandb", "tensorboard"])
     with pytest.raises(ConfigError, match=r"given mlflow.*pip install -e '\.\[mlflow\]'.*trainer\.logger=\[console\]"):
         Tracking(tmp_path, logger=["console", "mlflow"])
