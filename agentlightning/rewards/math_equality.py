@@ -30,8 +30,22 @@ def compute_score(data_source: str, solution_str: str, ground_truth: Any, extra_
     gold = _parsed_gold(str(ground_truth), timeout_s)
     if not gold:
         raise ValueError(f"the ground truth {ground_truth!r} is no mathematical expression")
-    answer = parse(solution_str[-_MOST_CHARACTERS:], _TARGETS, parsing_timeout=timeout_s)  # pyright: ignore[reportArgumentType]
+    solution = _from_last_box(solution_str[-_MOST_CHARACTERS:])
+    answer = parse(solution, _TARGETS, parsing_timeout=timeout_s)  # pyright: ignore[reportArgumentType]
     return 1.0 if answer and verify(gold, answer, timeout_seconds=timeout_s) else 0.0
+
+
+def _from_last_box(text: str) -> str:
+    r"""The last \boxed{...}, since math-verify makes one set of several; the whole text without one."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return text
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] == "{") - (text[at] == "}")
+        if depth == 0 and text[at] == "}":
+            return text[start : at + 1]
+    return text[start:]
 
 
 def _parsed_gold(text: str, timeout_s: int | None) -> list[Any]:

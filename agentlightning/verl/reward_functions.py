@@ -59,7 +59,7 @@ class LoadedFunction:
         """One outcome a sample. Raises `CallError` if the function raises. Takes one sample unless `is_batch`."""
         try:
             result = self.function(**(_plural(samples) if self.is_batch else samples[0].arguments))
-        except Exception as error:  # user code may raise anything; it is raised again with the sample's name
+        except (Exception, SystemExit) as error:  # user code may raise anything; it is raised again with the sample's name
             raise _raised(error, samples) from error
         return checked_answers(result, samples) if self.is_batch else [checked_answer(result, samples[0])]
 
@@ -68,7 +68,7 @@ class LoadedFunction:
         try:
             awaitable: Awaitable[Any] = self.function(**(_plural(samples) if self.is_batch else samples[0].arguments))
             result = await awaitable
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _raised(error, samples) from error
         return checked_answers(result, samples) if self.is_batch else [checked_answer(result, samples[0])]
 
@@ -94,7 +94,7 @@ def names_of(samples: Sequence[Sample]) -> str:
     return samples[0].name if len(samples) == 1 else f"a batch of {len(samples)} samples, {samples[0].name} the first"
 
 
-def _raised(error: Exception, samples: Sequence[Sample]) -> CallError:
+def _raised(error: Exception | SystemExit, samples: Sequence[Sample]) -> CallError:
     return CallError(f"raised {type(error).__name__} for {names_of(samples)}: {error}")
 
 

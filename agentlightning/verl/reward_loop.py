@@ -42,11 +42,14 @@ class EventLoop:
         """False once a call has ended the thread, as `sys.exit` does."""
         return self._thread.is_alive()
 
-    def close(self, last: Callable[[], Awaitable[None]]) -> None:
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `last()` and stop the loop; one that a call blocks is left behind."""
 
         async def leave() -> None:
-            await last()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.wait([*others, asyncio.create_task(last())], timeout=_GOODBYE_S / 2)
             self._loop.stop()
 
         if self._thread.is_alive():
@@ -77,7 +80,7 @@ class ConcurrentCalls:
         retries: int,
         timeout_per_sample: bool = True,
         backoff_s: float = 0.0,
-        last: Callable[[], Awaitable[None]] = _nothing,
+        last: Callable[[], Coroutine[Any, Any, None]] = _nothing,
     ) -> None:
         self._call, self._samples_per_call, self._num_workers = call, samples_per_call, num_workers
         self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s

@@ -63,8 +63,10 @@ class _Worker:
         self.received.clear()
         return message
 
-    def kill(self) -> int:
-        """End it and what it started; its exit status."""
+    def kill(self, grace_s: float = 0.0) -> int:
+        """End it and what it started; its exit status, its own if it ends by itself within `grace_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for pipe in (self.process.stdin, self.process.stdout):
@@ -166,7 +168,7 @@ class WorkerPool:
             message = worker.receive() if readable else None
         except EOFError:
             self._workers.remove(worker)
-            status = worker.kill()
+            status = worker.kill(_TICK_S)  # its output ends a moment before it does
             if job is None:
                 raise RewardError(
                     f"could not be loaded in a process of its own (exit status {status}, see above); "

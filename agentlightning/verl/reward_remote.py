@@ -34,9 +34,7 @@ class RewardServer:
         """Raises `ConfigError` if `url` is none that can be posted to, or holds a password."""
         parts = urlsplit(url)
         if not parts.hostname:
-            raise ConfigError(
-                f"{key}.name: given {url!r}, expected http://host:port/path; mend it with {key}.name=<such a URL>"
-            )
+            raise ConfigError(f"{key}.name: given {url!r}; mend it with {key}.name=http://host:port/path")
         if parts.username or parts.password:
             raise ConfigError(
                 f"{key}.name: the URL holds a user or a password, which would be written to config.yaml; mend it with "
