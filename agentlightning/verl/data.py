@@ -95,7 +95,7 @@ class PromptDataset:
         if mixture and sampler:
             raise ConfigError(
                 f"data.sampler: given {sampler} together with data.mixture, expected one of them; "
-                f"mend it with data.sampler=null or 'data.mixture={{}}'"
+                f"mend it with data.sampler=null, or without data.mixture"
             )
         if isinstance(prompts, LazyPrompts):
             self._prompts = prompts
@@ -200,13 +200,13 @@ def _mixture_order(
     if not weights:
         raise ConfigError(
             f"data.mixture: given {dict(mixture)}, expected a weight above 0; the training files hold {there}; "
-            f"mend it with 'data.mixture={{{names[0]}: 1}}'"
+            f"mend it with '+data.mixture={{{names[0]}: 1}}'"
         )
     for name in weights:
         if name not in names:
             raise ConfigError(
                 f"data.mixture: given a weight for {name!r}, of which the training files hold no usable row; they hold "
-                f"{there}; mend it with 'data.mixture={{{names[0]}: 1}}', or set data.train_files=<files that hold it>"
+                f"{there}; mend it with '+data.mixture={{{names[0]}: 1}}', or set data.train_files=<files that hold it>"
             )
     edge_K1, memory_K = prompts.blocks()
     memory = prompts.hold(len(weights))
@@ -217,7 +217,7 @@ def _mixture_order(
         if count == 0:
             raise ConfigError(
                 f"data.mixture: the weight {weights[name]:g} of {name!r} is less than 1/{order.count_S.sum()} of all, expected "
-                f"more or 0; mend it with 'data.mixture={{{name}: 0, ...}}'"
+                f"more or 0; mend it with '+data.mixture={{{name}: 0, ...}}'"
             )
     return order, sum(len(rows) for rows in sets)
 

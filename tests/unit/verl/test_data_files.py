@@ -313,7 +313,7 @@ class TestMixture:
     @pytest.mark.parametrize(
         ("mixture", "words"),
         [
-            ({"d": 1.0}, ["a weight for 'd'", "they hold c, a, b", "'data.mixture={c: 1}'"]),
+            ({"d": 1.0}, ["a weight for 'd'", "they hold c, a, b", "'+data.mixture={c: 1}'"]),
             ({"a": 0.0}, ["expected a weight above 0", "hold c, a, b"]),
             ({"a": 1.0, "b": 1e-6}, ["the weight 1e-06 of 'b' is less than 1/4096"]),
         ],
@@ -428,7 +428,7 @@ class TestSampler:
 def test_another_mixture_or_sampler_is_another_run():
     from agentlightning.verl.fingerprint import run_fingerprint
 
-    overrides = ([], ["data.mixture={eggs: 3, sums: 1}"], ["data.mixture={sums: 1, eggs: 3.0}"], ["data.sampler=mod:fn"])
+    overrides = ([], ["+data.mixture={eggs: 3, sums: 1}"], ["+data.mixture={sums: 1, eggs: 3.0}"], ["data.sampler=mod:fn"])
     plain, mixed, turned, sampled = (run_fingerprint(load_config(words), None)["breaking"] for words in overrides)
     assert "data.mixture" not in plain
     assert mixed["data.mixture"] == turned["data.mixture"] == {"eggs": 3.0, "sums": 1.0}
