@@ -236,7 +236,10 @@ def save_checkpoint(
     kind: Kind = "state",
     ttl_seconds: int | None = None,
 ) -> dict[str, str]:
-    """`save_checkpoint_async`, waited for. In a running event loop, which stands still meanwhile, it has its own thread."""
+    """`save_checkpoint_async`, waited for. Inside a running event loop it has a thread and a loop of its own.
+
+    The running loop stands still meanwhile: a client whose futures need just that loop wants `save_checkpoint_async`.
+    """
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
