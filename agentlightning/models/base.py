@@ -85,7 +85,10 @@ def load_base(
 
 
 def check_quantization(quantization: Quantization | None, device: torch.device, installed: bool) -> None:
-    """Raise `UserError` where the quantised base cannot run. `installed`: whether bitsandbytes is."""
+    """Raise `UserError` where the quantised base cannot be trained on; on a CPU bitsandbytes' kernels carry no gradients.
+
+    `installed`: whether bitsandbytes is.
+    """
     key = "actor_rollout_ref.model.quantization"
     if quantization is None:
         return
@@ -147,7 +150,7 @@ def _in_their_places(override: Mapping[str, Any], known: Mapping[str, Any]) -> d
             nearest = difflib.get_close_matches(key, [*known, *rope], n=1, cutoff=0.0)[0]
             raise UserError(
                 f"{_OVERRIDE}.{key}: given {value!r}, expected a key of the model's own configuration; did you mean {nearest}? "
-                f"mend it with ~{_OVERRIDE}.{key} or +{_OVERRIDE}.{nearest}={value}"
+                f"mend it with +{_OVERRIDE}.{nearest}={value} in its place"
             )
     return placed
 
