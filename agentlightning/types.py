@@ -156,7 +156,7 @@ class Batch:
     prompt_len_B: np.ndarray  # int32
     response_BT: np.ndarray  # int32
     response_len_B: np.ndarray  # int32; observations included
-    mask_BT: np.ndarray  # bool; True where the policy chose the token
+    mask_BT: np.ndarray  # bool; True where the policy chose the token, and is trained on it
     adapter_version: int
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 

@@ -103,3 +103,10 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     """The reward, with verl's signature: 1.0 if the last assistant turn is the right integer and nothing else, or 0.0."""
     answer = solution_str.strip()
     return 1.0 if _INTEGER.fullmatch(answer) and int(answer) == int(ground_truth) else 0.0
+
+
+def compute_form_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None
+) -> float:
+    """A reward for form alone, beside the other one: 1.0 if the last assistant turn is an integer and nothing else, or 0.0."""
+    return 1.0 if _INTEGER.fullmatch(solution_str.strip()) else 0.0

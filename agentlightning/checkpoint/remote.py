@@ -38,7 +38,9 @@ SMALL_FILES = (
     "metrics.jsonl",
     "attempts.jsonl",
     "verified.json",
+    "mlflow_run_id.txt",
     "wandb_run_id.txt",
+    "mlflow_run_id.txt",
     "latest_checkpointed_iteration.txt",
 )
 LAPSE_SECONDS = 60.0

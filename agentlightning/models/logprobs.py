@@ -37,6 +37,14 @@ def log_probs(
     return torch.cat(logp), torch.cat(entropy)
 
 
+@torch.no_grad()
+def sum_pi_squared(head: nn.Module, hidden_NH: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The sum [N] over the vocabulary of the squared probabilities at `temperature`, float32: how likely two draws agree."""
+    chunk = max(1, _CHUNK_ELEMENTS // _rows_of(head))
+    parts = [(head(part).float() / temperature).softmax(-1).square().sum(-1) for part in hidden_NH.split(chunk)]
+    return torch.cat(parts) if parts else hidden_NH.new_zeros(0, dtype=torch.float32)
+
+
 def _chunk_log_probs(
     head: nn.Module, hidden_NH: torch.Tensor, target_N: torch.Tensor, temperature: float, entropy_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

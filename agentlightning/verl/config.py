@@ -123,13 +123,16 @@ def _check_override(override: Override) -> None:
         return
     leaves = leaf_keys()
     sections = {leaf[:dot] for leaf in leaves for dot in range(len(leaf)) if leaf[dot] == "."}
+    adds = override.is_add() or override.is_force_add()
+    if key in FREE_DICTS and not adds and not override.is_delete() and isinstance(override.value(), dict) and override.value():
+        raise ConfigError(f"{key}: its keys are added with a plus: '+{override.input_line}'")
     if key in leaves or key in sections:
         if override.is_delete():
             raise ConfigError(f"{override.input_line}: a key cannot be removed, only set; see --cfg job for what there is")
         return
     for free in FREE_DICTS:
         if key.startswith(f"{free}."):
-            if not override.is_add() and not override.is_force_add():
+            if not adds:
                 raise ConfigError(f"{key}: keys of {free} are added with a plus: +{override.input_line}")
             return
     raise ConfigError(_unknown_key(key, [*leaves, "model"]))

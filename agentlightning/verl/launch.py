@@ -34,12 +34,13 @@ from agentlightning.verl.console import Console, Summary, core_validation, make_
 from agentlightning.verl.data import PromptDataset, load_prompts
 from agentlightning.verl.fingerprint import check_config, check_data, run_fingerprint
 from agentlightning.verl.journals import JOURNALS
+from agentlightning.verl.loggers import check_installed
 from agentlightning.verl.metrics import SCORE
-from agentlightning.verl.rewards import load_reward
+from agentlightning.verl.rewards import Rewards
 from agentlightning.verl.rules import derived_sizes, instant
 from agentlightning.verl.schema import Config
-from agentlightning.verl.state import wandb_run_id
-from agentlightning.verl.tracking import METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, Tracking
+from agentlightning.verl.state import logger_run_ids
+from agentlightning.verl.tracking import RUN_FILES, Tracking
 
 if TYPE_CHECKING:
     from agentlightning.verl.trainer import AgentLightningTrainer
@@ -88,10 +89,12 @@ def _hold_directory_and_run(config: Config, stop: Preemption, started: float) ->
     with checkpoints, make_console() as console:
         loaded = _find_checkpoint(checkpoints, config, console)
         asked = trainer.total_training_steps
-        if loaded is not None and asked is not None and loaded.step >= asked:
+        if loaded is not None and asked is not None and loaded.step >= asked and not trainer.val_only:
             return _already_complete(loaded.step, asked, checkpoints.root, console)
+        check_installed(trainer.logger)
         try:
-            return _run(config, checkpoints, loaded, console, stop, started)
+            with Rewards.from_config(config) as rewards:
+                return _run(config, checkpoints, loaded, rewards, console, stop, started)
         except Preempted as reason:
             console.note(f"stopped before training began ({reason}); the same command starts it")
             return EXIT_CODE
@@ -113,17 +116,17 @@ def _run(
     config: Config,
     checkpoints: CheckpointManager,
     loaded: LoadedCheckpoint | None,
+    rewards: Rewards,
     console: Console,
     stop: Preemption,
     started: float,
 ) -> int:
     run_dir = checkpoints.root
-    reward = load_reward(config.custom_reward_function)
     console.phase("starting")
     data, placement, workers = _load_data_while_ray_starts(config, run_dir, stop)
     stop.check()
     total_steps = config.trainer.total_training_steps or data.train.steps_per_epoch * config.trainer.total_epochs
-    if loaded is not None and loaded.step >= total_steps:
+    if loaded is not None and loaded.step >= total_steps and not config.trainer.val_only:
         return _already_complete(loaded.step, total_steps, run_dir, console)
     fingerprint = run_fingerprint(config, data.train)
     if loaded is not None:
@@ -139,7 +142,7 @@ def _run(
         group=group,
         train_data=data.train,
         val_prompts=data.val,
-        reward=reward,
+        rewards=rewards,
         checkpoints=checkpoints,
         loaded=loaded,
         tracking=tracking,
@@ -169,6 +172,8 @@ def _fit(trainer: AgentLightningTrainer) -> int:
             trainer.group.close()
         with _harmless("the last of metrics.jsonl and reward.png", trainer.console):
             trainer.tracking.finish(exit_code)
+        if trainer.tracking.trouble is not None:
+            trainer.console.warning(trainer.tracking.trouble)
     return exit_code
 
 
@@ -267,7 +272,8 @@ def _start_tracking(config: Config, run_dir: Path, loaded: LoadedCheckpoint | No
         project_name=config.trainer.project_name,
         experiment_name=config.trainer.experiment_name,
         config=tree,
-        wandb_run_id=wandb_run_id(loaded) if loaded is not None else None,
+        rollout_data_dir=Path(config.trainer.rollout_data_dir) if config.trainer.rollout_data_dir is not None else None,
+        **logger_run_ids(loaded),
     )
 
 
@@ -295,7 +301,7 @@ def _find_checkpoint(checkpoints: CheckpointManager, config: Config, console: Co
 def _clear_the_way(checkpoints: CheckpointManager, config: Config, console: Console) -> None:
     """Move aside what this run does not go on from, now that nothing can be wrong with it any more."""
     if config.trainer.resume_mode == "disable":
-        aside = checkpoints.start_over(also=(METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, "config.yaml", JOURNALS))
+        aside = checkpoints.start_over(also=(*RUN_FILES, "config.yaml", JOURNALS))
     else:
         aside = checkpoints.go_on()
     if aside is not None:
@@ -330,8 +336,13 @@ def _load_data_while_ray_starts(config: Config, run_dir: Path, stop: Preemption)
 
 def _load_data(config: Config) -> _Data:
     from agentlightning.models.chat import load_tokenizer
+    from agentlightning.verl.batching import check_algorithm
+    from agentlightning.workers.settings import load_policy_loss
 
-    tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
+    check_algorithm(config)
+    load_policy_loss(config.actor_rollout_ref.actor.policy_loss.loss_mode)
+    model = config.actor_rollout_ref.model
+    tokenizer = load_tokenizer(model.tokenizer_path, model.trust_remote_code)
     return _Data(PromptDataset.from_config(config.data, tokenizer), load_prompts("val", config.data, tokenizer))
 
 

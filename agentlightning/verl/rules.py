@@ -190,13 +190,35 @@ def _mini_batches_divide(config: Config) -> str | None:
     return None
 
 
+_COMPARE_SAMPLES = (
+    *("grpo", "grpo_passk", "gdpo", "rloo", "opo", "gpg"),
+    *("reinforce_plus_plus_baseline", "optimal_token_baseline"),
+)
+
+
 def _groups_are_groups(config: Config) -> str | None:
     estimator, n = config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.n
-    if estimator in ("grpo", "rloo") and n < 2:
+    if estimator in _COMPARE_SAMPLES and n < 2:
         return (
             f"actor_rollout_ref.rollout.n: given {n}, expected at least 2 with algorithm.adv_estimator={estimator}, "
             f"which compares samples of one prompt; mend it with actor_rollout_ref.rollout.n=8 or algorithm.adv_estimator=gae"
         )
+    return None
+
+
+def _gdpo_has_rewards(config: Config) -> str | None:
+    if config.algorithm.adv_estimator == "gdpo" and not config.reward.functions:
+        return (
+            "reward.functions: given none, expected several rewards with algorithm.adv_estimator=gdpo, which compares each of "
+            "them on its own; mend it with '+reward.functions.answer={name: pkg.mod:fn, weight: 1.0}', or "
+            "algorithm.adv_estimator=grpo"
+        )
+    return None
+
+
+def _validation_alone_has_files(config: Config) -> str | None:
+    if config.trainer.val_only and config.data.val_files is None:
+        return "trainer.val_only: given true, but data.val_files is null; mend it with data.val_files=<file>"
     return None
 
 
@@ -341,6 +363,8 @@ def _four_bits_stay_unmerged(config: Config) -> str | None:
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _mini_batches_divide,
     _groups_are_groups,
+    _gdpo_has_rewards,
+    _validation_alone_has_files,
     _longest_sample_fits,
     _resume_is_whole,
     _deadline_is_an_instant,

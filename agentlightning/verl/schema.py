@@ -77,7 +77,7 @@ class ModelConfig(Section):
 
 
 class ActorOptimConfig(Section):
-    """`actor_rollout_ref.actor.optim`: AdamW and its schedule, counted in optimizer steps."""
+    """`actor_rollout_ref.actor.optim`: AdamW and its schedule, counted in training steps."""
 
     lr: Positive
     lr_warmup_steps: Annotated[int, Field(ge=-1)]  # -1: lr_warmup_steps_ratio of all steps

@@ -32,6 +32,8 @@ class TrainerState:
     tokens_seen: int = 0  # prompt and response tokens, since the first step
     best: dict[str, float] = field(default_factory=dict)  # validation: {"score", "step"}
     wandb_run_id: str | None = None
+    mlflow_run_id: str | None = None
+    position: int = 0  # in the stream of prompts, behind the last one drawn
     metrics: dict[str, float] = field(
         default_factory=dict
     )  # the line of `global_step`, should a kill come before it is written
@@ -67,9 +69,10 @@ def restore(loaded: LoadedCheckpoint, uses_critic: bool) -> tuple[WorkerState, T
         ) from error
 
 
-def wandb_run_id(loaded: LoadedCheckpoint) -> str | None:
-    """The W&B run that the checkpoint's run logged to."""
-    return loaded.json.get(_TRAINER_STATE, {}).get("wandb_run_id")
+def logger_run_ids(loaded: LoadedCheckpoint | None) -> dict[str, str | None]:
+    """The runs of W&B and MLflow that the checkpoint's run logged to, as `Tracking` takes them."""
+    document = loaded.json.get(_TRAINER_STATE, {}) if loaded is not None else {}
+    return {name: document.get(name) for name in ("wandb_run_id", "mlflow_run_id")}
 
 
 def _adapter(loaded: LoadedCheckpoint, name: str) -> AdapterState:

@@ -21,10 +21,19 @@ from agentlightning.checkpoint.preemption import Preemption
 from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, PartWriter
 from agentlightning.checkpoint.writer import Outcome
 from agentlightning.errors import CheckpointError, NumericsError, WorkerError
-from agentlightning.types import Batch, Completion, Prompt
-from agentlightning.verl.batching import KLController, MiniBatchPlan, make_batch, rollout_probs_diff, with_advantages
+from agentlightning.types import Batch, Completion, JournalSpec, Prompt, SamplingParams
+from agentlightning.verl.batching import (
+    KLController,
+    MiniBatchPlan,
+    make_batch,
+    rollout_probs_diff,
+    with_advantages,
+    with_rollout_correction,
+    without_samples,
+)
 from agentlightning.verl.console import Console, StartInfo, core_validation
 from agentlightning.verl.data import PromptDataset, batches
+from agentlightning.verl.experience import Collector, Experience, generations
 from agentlightning.verl.journals import StepJournals
 from agentlightning.verl.metrics import (
     ATTEMPT,
@@ -36,10 +45,11 @@ from agentlightning.verl.metrics import (
     compute_validation_metrics,
     tokens_of_phase,
 )
-from agentlightning.verl.rewards import RewardFunction, RewardResult, score
+from agentlightning.verl.rewards import RewardResult, Rewards
 from agentlightning.verl.schema import AlgorithmConfig, Config
 from agentlightning.verl.state import TrainerState, checkpoint_files, restore
 from agentlightning.verl.tracking import Tracking
+from agentlightning.verl.tracking_samples import GenerationSample, choose_samples
 from agentlightning.workers.group import WorkerGroup
 
 _SLOW_DISK = 50e6  # bytes a second that a save is expected to take before one was measured
@@ -64,7 +74,7 @@ class AgentLightningTrainer:
         group: WorkerGroup,
         train_data: PromptDataset,
         val_prompts: Sequence[Prompt],
-        reward: RewardFunction,
+        rewards: Rewards,
         checkpoints: CheckpointManager,
         loaded: LoadedCheckpoint | None,
         tracking: Tracking,
@@ -74,7 +84,7 @@ class AgentLightningTrainer:
         facts: Sequence[str],
         stop: Preemption,
     ) -> None:
-        self.config, self.group, self.reward = config, group, reward
+        self.config, self.group, self.rewards = config, group, rewards
         self.train_data, self.val_prompts = train_data, val_prompts
         self.checkpoints, self.loaded = checkpoints, loaded
         self.tracking, self.console = tracking, console
@@ -91,11 +101,16 @@ class AgentLightningTrainer:
         self.critic_plan = MiniBatchPlan(critic.ppo_mini_batch_size, rollout.n, critic.ppo_epochs, actor.shuffle, longest)
         one_update = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
         # With a single optimizer step the policy that is updated is the one that sampled: its pass gives the old log-probs.
-        self.needs_old_log_prob = not one_update or config.algorithm.use_kl_in_reward
+        bypass = config.algorithm.rollout_correction.bypass_mode
+        self.needs_old_log_prob = not bypass and (not one_update or asks_for_old_log_prob(config.algorithm))
+        self.collector = Collector(config, train_data, self._generate, self._score)
 
     def fit(self) -> None:
         """Train from the last checkpoint, or from the start, to the last step."""
         self._load_checkpoint()
+        if self.config.trainer.val_only:
+            self.console.note(f"validation at step {self.state.global_step}: {self._validation_alone()}")
+            return
         if self.state.global_step == 0 and self.config.trainer.val_before_train and self.val_prompts:
             before = self._validate(0, {})
             self.tracking.log(0, before)
@@ -168,13 +183,11 @@ class AgentLightningTrainer:
         """One batch: sample, score, learn, and keep what was learned."""
         timing_raw: dict[str, float] = {}
         metrics: dict[str, Any] = {}
-        prompts = self.train_data.step_prompts(step)
+        start = self._position(step)
         with self._timer("step", timing_raw):
-            with self._timer("gen", timing_raw):
-                completions = self._generate(prompts, step)
-            with self._timer("reward", timing_raw):
-                rewards = self._score(prompts, completions)
-                batch = make_batch(prompts, completions, rewards.score_B)
+            experience = self.collector.collect(start, self.journals.of_step(step), lambda name: self._timer(name, timing_raw))
+            batch = make_batch(experience.prompts, experience.completions, experience.score_B)
+            batch = without_samples(batch, experience.left_out_B)
             with self._timer("old_log_prob", timing_raw):
                 batch = self._with_old_log_probs(batch, metrics)
             if self.config.uses_reference:
@@ -184,7 +197,7 @@ class AgentLightningTrainer:
                 with self._timer("values", timing_raw):
                     batch = batch.with_columns(values=self.group.compute_values(batch))
             with self._timer("adv", timing_raw):
-                batch, kl_metrics = with_advantages(batch, self.config.algorithm, self.kl_controller)
+                batch, kl_metrics = with_advantages(batch, self.config.algorithm, self.kl_controller, experience.details)
                 _check_finite(batch)
             if self.config.uses_critic:
                 with self._timer("update_critic", timing_raw):
@@ -195,20 +208,26 @@ class AgentLightningTrainer:
                     metrics |= self._update_actor(batch, step)
             with self._timer("update_weights", timing_raw):
                 self.group.update_weights(step)
-        self.state.global_step = step
+        self.state.global_step, self.state.position = step, experience.position
         self.state.tokens_seen += int(batch.total_len_B.sum())
-        metrics |= kl_metrics | {f"reward/{name}/mean": float(np.mean(values)) for name, values in rewards.extra.items()}
-        self._finish_step(step, batch, completions, metrics, timing_raw)
-        self._show_rollout(step, prompts, completions, rewards.score_B)
+        metrics |= {**kl_metrics, **experience.metrics, "training/epoch": self._epoch(start)}
+        for warning in experience.rewards.warnings:
+            self.console.warning(warning)
+        self._finish_step(step, batch, experience, metrics, timing_raw)
+        self._show_rollout(step, experience)
 
-    def _generate(self, prompts: Sequence[Prompt], step: int) -> list[Completion]:
+    def _position(self, step: int) -> int:
+        """Where in the stream of prompts the step begins: dynamic sampling may have drawn more than a batch a step."""
+        return max(self.state.position, (step - 1) * self.config.data.train_batch_size)
+
+    def _epoch(self, position: int) -> int:
+        return self.train_data.epoch_of(position // self.config.data.train_batch_size + 1)
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, journal: JournalSpec | None) -> list[Completion]:
+        version = self.state.global_step
+        step = version + 1
         completions = self.group.generate(
-            prompts,
-            self.config.train_sampling(),
-            seed=self.config.trainer.seed,
-            step=step,
-            version=self.state.global_step,
-            journal=self.journals.of_step(step),
+            prompts, sampling, seed=self.config.trainer.seed, step=step, version=version, journal=journal
         )
         reused = sum(completion.from_journal for completion in completions)
         if reused:
@@ -217,15 +236,22 @@ class AgentLightningTrainer:
 
     def _score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> RewardResult:
         with self.stop.interrupting():
-            return score(self.reward, prompts, completions, self.stop.check)
+            return self.rewards.score(prompts, completions, self.stop.check)
 
     def _with_old_log_probs(self, batch: Batch, metrics: dict[str, Any]) -> Batch:
+        algorithm = self.config.algorithm
+        if algorithm.rollout_correction.bypass_mode:
+            return batch.with_columns(old_log_probs=batch.columns["rollout_log_probs"])
         if not self.needs_old_log_prob:
             return batch
-        old = self.group.compute_log_prob(batch)
+        old = self.group.compute_log_prob(batch, algorithm.adv_estimator == "optimal_token_baseline")
         metrics["actor/entropy"] = old.entropy_sum / max(old.tokens, 1)
         metrics |= rollout_probs_diff(batch, old.log_probs_BT)
-        return batch.with_columns(old_log_probs=old.log_probs_BT)
+        if old.sum_pi_squared_BT is not None:
+            batch = batch.with_columns(sum_pi_squared=old.sum_pi_squared_BT)
+        batch, corrected = with_rollout_correction(batch.with_columns(old_log_probs=old.log_probs_BT), algorithm)
+        metrics |= corrected
+        return batch
 
     def _update_actor(self, batch: Batch, step: int) -> dict[str, float]:
         plan = self.actor_plan.mini_batches(batch, self.config.data.seed, step)
@@ -236,7 +262,7 @@ class AgentLightningTrainer:
         return _prefixed("actor", update) | {"actor/entropy": entropy} | rollout_probs_diff(batch, log_probs_BT)
 
     def _finish_step(
-        self, step: int, batch: Batch, completions: Sequence[Completion], metrics: dict[str, Any], timing_raw: dict[str, float]
+        self, step: int, batch: Batch, experience: Experience, metrics: dict[str, Any], timing_raw: dict[str, float]
     ) -> None:
         """Validate and save if it is time, and write the step's line."""
         trainer, is_last = self.config.trainer, step == self.total_steps
@@ -245,19 +271,20 @@ class AgentLightningTrainer:
         device_gb, host_gb = self.group.memory_gb()
         metrics |= compute_data_metrics(
             batch,
-            num_turns_B=np.array([completion.num_turns for completion in completions]),
+            num_turns_B=np.array([completion.num_turns for completion in experience.completions]),
             max_prompt_length=self.config.data.max_prompt_length,
             max_response_length=self.config.data.max_response_length,
         )
         metrics |= compute_throughput_metrics(batch, timing_raw["step"], self.group.world_size)
         metrics |= {
             "training/global_step": step,
-            "training/epoch": self.train_data.epoch_of(step),
             "perf/max_memory_allocated_gb": device_gb,
             "perf/cpu_memory_used_gb": host_gb,
         }
         tokens = tokens_of_phase(batch)
         metrics |= compute_timing_metrics(timing_raw, tokens)
+        if self.config.trainer.rollout_data_dir is not None:
+            self.tracking.log_rollouts(step, generations(experience.prompts, experience.completions, experience.rewards))
         self._keep(step, is_last, metrics, timing_raw)
         self.tracking.log(step, metrics)
         if self.tracking.trouble is not None:
@@ -274,22 +301,34 @@ class AgentLightningTrainer:
             completions: list[Completion] = []
             scores: list[np.ndarray] = []
             extra: dict[str, list[float]] = {}
+            shown: list[GenerationSample] = []
             for prompts in batches(self.val_prompts, self.config.data.val_batch_size):
                 answered = self.group.generate(prompts, params, seed=self.config.trainer.seed, step=step, version=step)
                 rewards = self._score(prompts, answered)
                 completions += answered
                 scores.append(rewards.score_B)
-                for name, values in rewards.extra.items():
-                    extra.setdefault(name, []).extend(values)
+                for name, values in (*rewards.components.items(), *rewards.extra.items()):
+                    extra.setdefault(name, []).extend(float(value) for value in values)
+                if self.config.trainer.log_val_generations:
+                    shown += generations(prompts, answered, rewards)
             source_of = {prompt.uid: prompt.data_source for prompt in self.val_prompts}
             scores_B = np.concatenate(scores)
+            extra = {name: values for name, values in extra.items() if len(values) == len(scores_B)}
             metrics = compute_validation_metrics(
                 [source_of[completion.uid] for completion in completions], completions, scores_B, extra
             )
+        if shown:
+            rows = choose_samples(self.config.trainer.log_val_generations, len(shown), self.config.trainer.seed)
+            self.tracking.log_val_generations(step, [shown[row] for row in rows])
         mean = float(scores_B.mean())
         if mean > self.state.best.get("score", -np.inf):
             self.state.best = {"score": mean, "step": step}
         return metrics
+
+    def _validation_alone(self) -> str:
+        """What `trainer.val_only` is for: the figures under the present adapter, in words."""
+        metrics = self._validate(self.state.global_step, {})
+        return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith(VAL_CORE))
 
     def _load_checkpoint(self) -> None:
         """Go on from the checkpoint that was found, if there is one."""
@@ -338,11 +377,11 @@ class AgentLightningTrainer:
 
     def _checkpoint_files(self, step: int, metrics: Mapping[str, Any], parts: PartWriter) -> CheckpointFiles:
         self.state.kl_ctrl = dict(self.kl_controller.state_dict())
-        self.state.wandb_run_id = self.tracking.wandb_run_id
+        self.state.wandb_run_id, self.state.mlflow_run_id = self.tracking.wandb_run_id, self.tracking.mlflow_run_id
         self.state.metrics = {ATTEMPT: self.tracking.attempt, **metrics}
         wanted = (self.config.trainer.keep_best_by or "").removeprefix("-")
         extra = {
-            "epoch": self.train_data.epoch_of(step),
+            "epoch": metrics["training/epoch"],
             "attempt": self.tracking.attempt,
             METRICS: {
                 name: float(value)
@@ -366,14 +405,13 @@ class AgentLightningTrainer:
                 # The checkpoints before are untouched, and the next step tries again: no reason to lose the run.
                 self.console.warning(str(outcome.error))
 
-    def _show_rollout(
-        self, step: int, prompts: Sequence[Prompt], completions: Sequence[Completion], score_B: np.ndarray
-    ) -> None:
-        every = self.config.trainer.log_rollout_freq
+    def _show_rollout(self, step: int, experience: Experience) -> None:
+        every, completions = self.config.trainer.log_rollout_freq, experience.completions
         if every and (step == 1 or step % every == 0):
             longest = max(range(len(completions)), key=lambda i: completions[i].num_turns)
-            by_uid = {prompt.uid: prompt for prompt in prompts}
-            self.console.rollout(by_uid[completions[longest].uid], completions[longest], float(score_B[longest]))
+            by_uid = {prompt.uid: prompt for prompt in experience.prompts}
+            score = float(experience.score_B[longest])
+            self.console.rollout(by_uid[completions[longest].uid], completions[longest], score)
 
     @contextlib.contextmanager
     def _timer(self, name: str, timing_raw: dict[str, float]) -> Iterator[None]:
@@ -382,6 +420,17 @@ class AgentLightningTrainer:
         start = time.perf_counter()
         yield
         timing_raw[name] = timing_raw.get(name, 0.0) + time.perf_counter() - start
+
+
+def asks_for_old_log_prob(algorithm: AlgorithmConfig) -> bool:
+    """Whether something beside the ratio needs the log-probabilities before the update."""
+    correction = algorithm.rollout_correction
+    return (
+        algorithm.use_kl_in_reward
+        or algorithm.adv_estimator == "optimal_token_baseline"
+        or correction.rollout_is is not None
+        or correction.rollout_rs is not None
+    )
 
 
 def _kl_controller(config: AlgorithmConfig) -> KLController:

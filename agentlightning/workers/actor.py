@@ -21,7 +21,7 @@ from agentlightning.algorithms.policy_losses.names import POLICY_LOSSES, TOKEN_C
 from agentlightning.errors import NumericsError
 from agentlightning.models.adapters import Adapters
 from agentlightning.models.base import output_head
-from agentlightning.models.logprobs import log_probs
+from agentlightning.models.logprobs import log_probs, sum_pi_squared
 from agentlightning.models.passes import Pass, training_passes
 from agentlightning.types import Batch, MicroBatches
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch
@@ -41,10 +41,10 @@ class Actor:
         self.policy_loss = load_policy_loss(settings.loss_mode)
 
     @torch.no_grad()
-    def compute_log_prob(self, batch: Batch) -> LogProbs:
-        """Log-probabilities of the response tokens under the present weights."""
+    def compute_log_prob(self, batch: Batch, with_squares: bool = False) -> LogProbs:
+        """Log-probabilities of the response tokens under the present weights; `with_squares`: `sum_pi_squared_BT` too."""
         self.adapters.use(self.name)
-        return self._log_probs(batch, np.arange(len(batch)), self.settings.log_prob_micro_batch)
+        return self._log_probs(batch, np.arange(len(batch)), self.settings.log_prob_micro_batch, with_squares)
 
     @torch.no_grad()
     def compute_ref_log_prob(self, batch: Batch) -> LogProbs:
@@ -136,8 +136,9 @@ class Actor:
             sums[name] = sums.get(name, 0.0) + float(value)
         return logp_BT.detach().cpu().numpy()
 
-    def _log_probs(self, batch: Batch, rows: np.ndarray, sizes: MicroBatches) -> LogProbs:
+    def _log_probs(self, batch: Batch, rows: np.ndarray, sizes: MicroBatches, with_squares: bool = False) -> LogProbs:
         result_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
+        squares_BT = np.zeros_like(result_BT) if with_squares else None
         entropy_sum = 0.0
         for run in training_passes(self.adapters.base, batch, rows, sizes):
             self.check()
@@ -145,7 +146,10 @@ class Actor:
             logp_BT = run.scatter(logp_N).cpu().numpy()
             result_BT[run.rows, : logp_BT.shape[1]] = logp_BT
             entropy_sum += float(entropy_N.sum())
-        return LogProbs(result_BT, entropy_sum, int(batch.mask_BT[rows].sum()))
+            if squares_BT is not None:
+                squares_N = sum_pi_squared(output_head(self.adapters.base), run.hidden_NH, self.settings.temperature)
+                squares_BT[run.rows, : logp_BT.shape[1]] = run.scatter(squares_N).cpu().numpy()
+        return LogProbs(result_BT, entropy_sum, int(batch.mask_BT[rows].sum()), squares_BT)
 
     def _log_probs_of(self, run: Pass, entropy_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return log_probs(output_head(self.adapters.base), run.hidden_NH, run.target_N, self.settings.temperature, entropy_grad)

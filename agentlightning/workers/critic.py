@@ -92,7 +92,7 @@ class Critic:
         )
         if not bool(loss.isfinite()):
             raise NumericsError(
-                f"the value loss (critic/vf_loss) is {float(loss)}; prompts from {run.micro.uids[0]!r} on; no weight "
+                f"the value loss (critic/vf_loss) is {float(loss.detach())}; prompts from {run.micro.uids[0]!r} on; no weight "
                 "was changed"
             )
         loss.backward()

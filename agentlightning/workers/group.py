@@ -121,9 +121,9 @@ class WorkerGroup:
             raise StaleAdapterError(f"a worker answered with completions of another adapter version than {version}")
         return done
 
-    def compute_log_prob(self, batch: Batch) -> LogProbs:
-        """Log-probabilities under the present adapter, [B, T]."""
-        return self._log_probs("compute_log_prob", batch)
+    def compute_log_prob(self, batch: Batch, with_squares: bool = False) -> LogProbs:
+        """Log-probabilities under the present adapter, [B, T]; `with_squares`: the sums of squared probabilities too."""
+        return self._log_probs("compute_log_prob", batch, with_squares)
 
     def compute_ref_log_prob(self, batch: Batch) -> LogProbs:
         """Log-probabilities with the adapter off, [B, T]."""
@@ -206,11 +206,17 @@ class WorkerGroup:
     def _shards(self, batch: Batch) -> list[np.ndarray]:
         return prompt_shards(batch, self.world_size)
 
-    def _log_probs(self, method: str, batch: Batch) -> LogProbs:
+    def _log_probs(self, method: str, batch: Batch, *more: Any) -> LogProbs:
         shards = self._shards(batch)
-        answers: list[LogProbs] = self.backend.call(method, [(batch.rows(shard),) for shard in shards])
+        answers: list[LogProbs] = self.backend.call(method, [(batch.rows(shard), *more) for shard in shards])
         log_probs_BT = _gather([answer.log_probs_BT for answer in answers], shards, batch, 0.0)
-        return LogProbs(log_probs_BT, sum(answer.entropy_sum for answer in answers), sum(answer.tokens for answer in answers))
+        squares = [answer.sum_pi_squared_BT for answer in answers if answer.sum_pi_squared_BT is not None]
+        return LogProbs(
+            log_probs_BT,
+            sum(answer.entropy_sum for answer in answers),
+            sum(answer.tokens for answer in answers),
+            _gather(squares, shards, batch, 0.0) if squares else None,
+        )
 
 
 def _local(mini_batches: Sequence[MiniBatch], shard: np.ndarray) -> list[MiniBatch]:

@@ -29,6 +29,7 @@ class LogProbs:
     log_probs_BT: np.ndarray
     entropy_sum: float
     tokens: int
+    sum_pi_squared_BT: np.ndarray | None = None  # float32; of each token's distribution, where it was asked for
 
 
 @dataclass(frozen=True, slots=True)

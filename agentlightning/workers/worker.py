@@ -106,9 +106,9 @@ class Worker:
         with closing(RolloutJournal(journal, identity)) as opened:
             return self.engine.generate(prompts, params, seed, step, version, opened)
 
-    def compute_log_prob(self, batch: Batch) -> LogProbs:
+    def compute_log_prob(self, batch: Batch, with_squares: bool = False) -> LogProbs:
         """See `Actor.compute_log_prob`."""
-        return self.actor.compute_log_prob(batch)
+        return self.actor.compute_log_prob(batch, with_squares)
 
     def compute_ref_log_prob(self, batch: Batch) -> LogProbs:
         """See `Actor.compute_ref_log_prob`."""

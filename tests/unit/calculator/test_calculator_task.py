@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from agentlightning.calculator.task import Problem, apply, calculate, compute_score, make_problem
+from agentlightning.calculator.task import Problem, apply, calculate, compute_form_score, compute_score, make_problem
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,7 @@ def test_problems_keep_to_the_shape_the_base_has_learnt() -> None:
 def test_problems_are_a_function_of_the_generator() -> None:
     assert [make_problem(random.Random(3)) for _ in range(5)] == [make_problem(random.Random(3)) for _ in range(5)]
     assert make_problem(random.Random(3)) != make_problem(random.Random(4))
+
+
+def test_form_counts_without_being_right() -> None:
+    assert [compute_form_score("", text, "5") for text in ("5", " 7 ", "five", "<calc>1+1</calc>", "")] == [1, 1, 0, 0, 0]
