@@ -1,8 +1,8 @@
 """What the clients and the server need of the machinery behind them: one frozen base, many models and samplers on it.
 
 A model is an adapter with its gradient sum and its optimizer; a sampler is weights that never change again. Everything is
-synchronous and called by one thread at a time; who calls keeps the order. Implemented by `tinker/engine.py`, in this process or on
-Ray workers.
+synchronous and called by one thread at a time; who calls keeps the order. Implemented by `tinker/engine.py` in this process,
+and by `tinker/ray_engine.py` on Ray workers.
 """
 
 from __future__ import annotations
@@ -81,15 +81,20 @@ class LoraEngine(Protocol):
         ...
 
     def save_state(self, model_id: str, directory: Path) -> int:
-        """Adapter (PEFT's layout in `actor/`), optimizer and shape into a new durable checkpoint directory; its bytes."""
+        """Adapter (PEFT's layout in `actor/`), optimizer, gradient sum and shape into a new durable checkpoint directory.
+
+        Returns its bytes. Its record `NAME.pt` lies beside it.
+        """
         ...
 
     def load_state(self, model_id: str, directory: Path, optimizer: bool) -> None:
-        """Verify, then take over weights, and with `optimizer` its state too (else it is cold). The gradient sum is dropped."""
+        """Verify, then take over weights, and with `optimizer` its state and the gradient sum that was saved (else both are
+        cold). The model's present gradient sum is dropped.
+        """
         ...
 
     def save_sampler(self, model_id: str, directory: Path) -> int:
-        """The adapter alone, durable, as `PeftModel.from_pretrained` loads it; its bytes."""
+        """The adapter alone, durable; `PeftModel.from_pretrained` loads `directory/actor`. Returns its bytes."""
         ...
 
     def add_sampler(self, sampler_id: str, source: str | Path | None) -> None:
