@@ -9,7 +9,15 @@ import pytest
 
 import agentlightning
 
+E2E = Path(__file__).parent / "e2e"
 BASE = str(Path(agentlightning.__file__).parent / "calculator" / "base")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `pytest -n 2` (pytest-xdist): a file's tests share its fixtures, and those of e2e the runs they compare with."""
+    for item in items:
+        in_e2e = E2E in item.path.parents
+        item.add_marker(pytest.mark.xdist_group("e2e" if in_e2e else str(item.path)))
 
 
 @pytest.fixture(scope="session")

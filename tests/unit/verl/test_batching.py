@@ -259,7 +259,14 @@ def test_a_correction_without_old_log_probs_is_an_error(config: Config):
         ([f"{CORRECTION}.rollout_rs_threshold=0.5"], "rollout_rs_threshold: given 0.5"),
         ([f"{CORRECTION}.bypass_mode=true", f"{CORRECTION}.rollout_is=token"], "bypass_mode=false"),
         ([f"{CORRECTION}.bypass_mode=true", "algorithm.adv_estimator=optimal_token_baseline"], "optimal_token_baseline"),
-        (["algorithm.adv_estimator=gdpo", "algorithm.use_kl_in_reward=true"], "use_kl_loss=true"),
+        (
+            [
+                "algorithm.adv_estimator=gdpo",
+                "algorithm.use_kl_in_reward=true",
+                "+reward.functions.a={name: agentlightning.calculator.task:compute_score}",
+            ],
+            "use_kl_loss=true",
+        ),
         (
             ["reward.overlong_buffer.enable=true", "reward.overlong_buffer.len=100000"],
             "reward.overlong_buffer.len: given 100000",
