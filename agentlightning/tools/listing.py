@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agentlightning.checkpoint.files import entries
+from agentlightning.checkpoint.loop_record import Found, read_directory
 from agentlightning.checkpoint.manifest import MANIFEST
 from agentlightning.checkpoint.record import RECORD_SUFFIX, CheckpointRecord, list_records, record_path
 from agentlightning.checkpoint.retention import (
@@ -63,7 +64,8 @@ def list_checkpoints(root: Path, policy: RetentionPolicy, metric: str | None = N
     verified = verified_at(root, (record for path, record in readable if path.stem == record.name))
     kept = {entry.name: entry.reasons for entry in reasons_to_keep(root, policy)}
     rows = [_row(root, path, record, shown, verified, kept) for path, record in readable]
-    rows += [_bad(name.removesuffix(RECORD_SUFFIX), reason) for name, reason in unreadable]
+    loops = {found.file: found for found in read_directory(root).found}  # these may name no state: a loop's own counters, say
+    rows += [_loop(loops[name]) if name in loops else _bad(name.removesuffix(RECORD_SUFFIX), why) for name, why in unreadable]
     rows += [_bad(name, reason) for name, reason in _without_record(root).items()]
     rows.sort(key=lambda row: -1 if row.step is None else row.step, reverse=True)
     return Listing(str(root), policy, shown, tuple(rows))
@@ -114,6 +116,13 @@ def _what_is_torn(root: Path, manifest: Mapping[str, Any]) -> str:
         if file.stat().st_size != entry["size"]:
             return f"{relative} has {file.stat().st_size:,} bytes, the manifest says {entry['size']:,}"
     return "it changed while it was looked at"
+
+
+def _loop(found: Found) -> Row:
+    """A record that a custom loop wrote, and that names no state of ours."""
+    step = found.values["batch"] if "batch" in found.values else None  # noqa: SIM401
+    saved_at = datetime.fromtimestamp(found.written_ns / 1e9, UTC).isoformat(timespec="seconds")
+    return Row(found.file.removesuffix(RECORD_SUFFIX), "foreign", step, saved_at, None, None, None, (), None)
 
 
 def _bad(name: str, reason: str) -> Row:

@@ -14,6 +14,7 @@ from made_runs import ACC
 
 from agentlightning.checkpoint import read_record
 from agentlightning.checkpoint.retention import RetentionPolicy, mark_verified
+from agentlightning.checkpoint_utils import save_checkpoint
 from agentlightning.cli import main
 from agentlightning.errors import AgentLightningError
 from agentlightning.tools.listing import list_checkpoints
@@ -160,3 +161,9 @@ def test_prune_leaves_a_running_job_alone(make_run: MakeRun, capsys: pytest.Capt
         assert "in use by pid" in capsys.readouterr().err
         assert main(["ckpt", "prune", str(root), "--dry-run"]) == 0
     assert (root / "global_step_1.pt").exists()
+
+
+def test_a_custom_loop_s_records_are_foreign_and_not_bad(tmp_path):
+    save_checkpoint(None, "0007", str(tmp_path), {"batch": 7}, kind="metadata")
+    (row,) = list_checkpoints(tmp_path, RetentionPolicy()).rows
+    assert (row.name, row.state, row.step, row.problem) == ("0007", "foreign", 7, None)
