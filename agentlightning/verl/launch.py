@@ -132,9 +132,11 @@ def _run(
     if loaded is not None:
         check_data(loaded, fingerprint)
     group = load_workers(config, placement, workers, total_steps, run_dir / LEASE_FILE, stop)
-    _clear_the_way(checkpoints, config, console)
+    if not config.trainer.val_only:
+        _clear_the_way(checkpoints, config, console)
     tracking = _start_tracking(config, run_dir, loaded)
-    _begin_history(checkpoints, tracking.attempt, console)
+    if not config.trainer.val_only:
+        _begin_history(checkpoints, tracking.attempt, console)
     from agentlightning.verl.trainer import AgentLightningTrainer
 
     trainer = AgentLightningTrainer(
@@ -152,6 +154,10 @@ def _run(
         facts=_facts(config, placement, run_dir),
         stop=stop,
     )
+    if config.trainer.val_only:
+        trainer.validate_only()
+        group.close()
+        return 0
     exit_code = _fit(trainer)
     console.done(_summary(trainer, run_dir, exit_code, time.monotonic() - started))
     return exit_code
@@ -265,10 +271,11 @@ def _summary(trainer: AgentLightningTrainer, run_dir: Path, exit_code: int, seco
 
 def _start_tracking(config: Config, run_dir: Path, loaded: LoadedCheckpoint | None) -> Tracking:
     tree = config.model_dump(mode="json")
-    replace_file(run_dir / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+    if not config.trainer.val_only:  # which changes nothing of the run, and logs nothing
+        replace_file(run_dir / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
     return Tracking(
         run_dir,
-        logger=config.trainer.logger,
+        logger=() if config.trainer.val_only else config.trainer.logger,
         project_name=config.trainer.project_name,
         experiment_name=config.trainer.experiment_name,
         config=tree,

@@ -108,9 +108,6 @@ class AgentLightningTrainer:
     def fit(self) -> None:
         """Train from the last checkpoint, or from the start, to the last step."""
         self._load_checkpoint()
-        if self.config.trainer.val_only:
-            self.console.note(f"validation at step {self.state.global_step}: {self._validation_alone()}")
-            return
         if self.state.global_step == 0 and self.config.trainer.val_before_train and self.val_prompts:
             before = self._validate(0, {})
             self.tracking.log(0, before)
@@ -120,6 +117,13 @@ class AgentLightningTrainer:
             self.stop.check()
             self._step(self.state.global_step + 1)
         self._finish_saving()
+
+    def validate_only(self) -> None:
+        """What `trainer.val_only` is for: the figures under the adapter that was found, and nothing in the run changed."""
+        if self.loaded is not None:
+            self._restore(self.loaded)
+        step = self.state.global_step
+        self.console.note(f"validation at step {step}: {core_validation(self._validate(step, {}))}")
 
     def leave(self) -> int:
         """Make the state after the last finished step durable, however far the present one is; returns that step.
@@ -325,23 +329,21 @@ class AgentLightningTrainer:
             self.state.best = {"score": mean, "step": step}
         return metrics
 
-    def _validation_alone(self) -> str:
-        """What `trainer.val_only` is for: the figures under the present adapter, in words."""
-        metrics = self._validate(self.state.global_step, {})
-        return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith(VAL_CORE))
-
     def _load_checkpoint(self) -> None:
         """Go on from the checkpoint that was found, if there is one."""
         loaded = self.loaded
         if loaded is None:
             self.tracking.resume(0)
             return
-        workers, self.state = restore(loaded, self.config.uses_critic)
-        self.group.load_state(workers)
-        self.kl_controller.load_state_dict(self.state.kl_ctrl)
+        self._restore(loaded)
         dropped = self.tracking.resume(self.state.global_step, self.state.metrics)
         again = f"; {dropped} later steps are done again" if dropped else ""
         self.console.note(f"resumed from {loaded.path}: {self.state.global_step} of {self.total_steps} steps are done{again}")
+
+    def _restore(self, loaded: LoadedCheckpoint) -> None:
+        workers, self.state = restore(loaded, self.config.uses_critic)
+        self.group.load_state(workers)
+        self.kl_controller.load_state_dict(self.state.kl_ctrl)
 
     def _keep(self, step: int, is_last: bool, metrics: dict[str, Any], timing_raw: dict[str, float]) -> None:
         """Copy the state after `step` into a host buffer, and have it written if it is time.

@@ -144,6 +144,15 @@ def test_row_validation_runs_again_on_every_resume_it_does_not(new_run):
     assert all(any(name.startswith("val-core/") for name in line) for line in run.lines)
 
 
+def test_validation_alone_changes_nothing_of_the_run(references, new_run):
+    run = new_run(IN_PROCESS)
+    shutil.copytree(references["inprocess"].directory, run.directory)
+    before = run.snapshot()
+    run.start("trainer.val_only=true", "trainer.resume_mode=resume_path", "trainer.resume_from_path=3").ends()
+    assert "validation at step 3: calculator/reward/mean@1 0." in run.stdout
+    assert run.snapshot() == before
+
+
 def test_a_deadline_ends_the_run_in_time(new_run):
     run = new_run(IN_PROCESS, "trainer.must_save_by=2026-01-31T12:00:00+00:00").start().ends(75)
     assert "stopped before training began (trainer.must_save_by)" in run.output
