@@ -57,7 +57,7 @@ class EngineSettings:
     """What an engine is told at birth, in this process or as a worker."""
 
     base_model: str  # "tiny", a directory, or a name on the Hugging Face hub
-    device: Literal["cpu", "cuda"]
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: DType = "auto"
     num_threads: int | None = None  # None: torch's
     seed: int = 0  # of samples whose parameters name none
@@ -107,26 +107,22 @@ def open_engine(
     if backend == "inprocess" and workers != 1:
         raise UserError(f"workers: given {workers} with backend=inprocess, expected 1; or backend=ray")
 
-    def settings(cuda: bool) -> EngineSettings:
-        return EngineSettings(
-            base_model=base_model,
-            device=("cuda" if cuda else "cpu") if device == "auto" else device,
-            dtype=dtype,
-            num_threads=num_threads,
-            seed=seed,
-            max_resident_models=max_resident_models,
-            max_batch_tokens=max_batch_tokens,
-            max_num_seqs=max_num_seqs,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+    settings = EngineSettings(
+        base_model=base_model,
+        device=device,
+        dtype=dtype,
+        num_threads=num_threads,
+        seed=seed,
+        max_resident_models=max_resident_models,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    if backend == "inprocess":
+        return InProcessLoraEngine(settings)
+    from agentlightning.tinker.ray_engine import RayLoraEngine
 
-    if backend == "ray":
-        from agentlightning.tinker.ray_engine import RayLoraEngine, cluster_has_gpus
-
-        return RayLoraEngine(workers, settings(cluster_has_gpus(workers)))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: given cuda, and this machine has no GPU that torch can use; mend it with device=cpu")
-    return InProcessLoraEngine(settings(torch.cuda.is_available()))
+    return RayLoraEngine(workers, settings)
 
 
 class InProcessLoraEngine:
@@ -136,7 +132,7 @@ class InProcessLoraEngine:
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         self.settings = settings
-        self.device = torch.device(settings.device)
+        self.device = _device(settings.device)
         self.model = load_base(settings.path, settings.dtype, self.device, settings.gradient_checkpointing)
         config = self.model.config.get_text_config()
         tokenizer = load_tokenizer(settings.path)
@@ -316,6 +312,12 @@ class InProcessLoraEngine:
         saved = self._saved_model(loaded)
         weights = {name: torch.from_numpy(np.array(array)) for name, array in loaded.tensors[WEIGHTS_FILE].items()}
         return Adapter(weights, LORA_ALPHA / saved.lora.rank)
+
+
+def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: given cuda, and there is no GPU that torch can use; mend it with device=cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def as_output(results: Sequence[DatumResult]) -> ForwardBackwardOutput:

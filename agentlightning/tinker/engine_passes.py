@@ -130,6 +130,6 @@ def _check_finite(places: np.ndarray, rows: Sequence[CheckedDatum], logp_BTK: to
     if not bool(finite_B.all()):
         row = int((~finite_B).nonzero()[0])
         raise NumericsError(
-            f"datum {int(places[row])}: the loss is {float(loss_B[row])}; look at {', '.join(rows[row].columns)}: "
+            f"datum {int(places[row])}: the loss is {float(loss_B[row].detach())}; look at {', '.join(rows[row].columns)}: "
             "log-probabilities far from the policy's make ratios overflow; no gradient was added"
         )

@@ -27,7 +27,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from agentlightning.checkpoint.preemption import SIGNALS, Preemption
 from agentlightning.errors import AgentLightningError, ConfigError, WorkerError
-from agentlightning.workers.settings import WorkerSettings
 
 _PLACEMENT_TIMEOUT_S = 60.0
 _LOG_LINES = 12
@@ -38,8 +37,11 @@ _GRACE_S = 1.0
 _RAYS_NAMES = ("ray::", "raylet", "gcs_server")
 
 
-class _WorkerActor:
-    """The process around a `Worker`. Imports torch when it starts to build, not when Ray looks at the class."""
+class WorkerActor:
+    """The process around a `Worker`, or what a subclass builds.
+
+    Imports torch when it starts to build, not when Ray looks at the class.
+    """
 
     def __init__(self, log_path: str) -> None:
         # Ray runs the creation in the main thread, and because there is a concurrency group the methods in others.
@@ -56,12 +58,14 @@ class _WorkerActor:
 
         assert agentlightning.workers.worker
 
-    def build(self, settings: WorkerSettings) -> None:
+    def build(self, settings: Any) -> None:
+        """Make `self.worker`, whose methods `call` calls."""
         from agentlightning.workers.worker import Worker
 
-        self.worker = Worker(settings)
+        self.worker: Any = Worker(settings)
 
     def call(self, method: str, *arguments: Any) -> Any:
+        """What that method of the worker says."""
         return getattr(self.worker, method)(*arguments)
 
     def ping(self) -> None:
@@ -72,6 +76,7 @@ class _WorkerActor:
         return self._signalled.result()
 
     def free_address(self) -> str:
+        """`tcp://host:port` of this process's host."""
         host = ray.util.get_node_ip_address()
         with closing(socket.socket()) as probe:
             probe.bind(("", 0))
@@ -108,7 +113,15 @@ class RayWorkers:
     `stop` is looked at while the controller waits, and told when a worker is sent a signal.
     """
 
-    def __init__(self, world_size: int, gpus_per_worker: int, cpus_per_worker: int, log_dir: Path, stop: Preemption) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        gpus_per_worker: int,
+        cpus_per_worker: int,
+        log_dir: Path,
+        stop: Preemption,
+        process: type[WorkerActor] = WorkerActor,
+    ) -> None:
         self.world_size = world_size
         self.stop = stop
         self.log_paths = [log_dir / f"worker_{rank}.log" for rank in range(world_size)]
@@ -116,7 +129,7 @@ class RayWorkers:
         self.group = _reserve(world_size, gpus_per_worker, cpus_per_worker)
         remote = ray.remote(  # pyright: ignore[reportCallIssue] - its stubs do not know concurrency groups
             num_gpus=gpus_per_worker, num_cpus=cpus_per_worker, concurrency_groups={_BESIDE: 3}
-        )(_WorkerActor)
+        )(process)
         self.actors: list[Any] = [
             remote.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
@@ -128,8 +141,8 @@ class RayWorkers:
         signals = [actor.wait_for_signal.options(concurrency_group=_BESIDE).remote() for actor in self.actors]
         threading.Thread(target=self._hear_of_signals, args=(signals,), name="worker-signals", daemon=True).start()
 
-    def build(self, settings: WorkerSettings) -> None:
-        """Load the model on every worker, and connect them if there are several."""
+    def build(self, settings: Any) -> None:
+        """Load the model on every worker, and connect them if there are several. `settings` are what a process builds from."""
         self._wait([actor.build.remote(settings) for actor in self.actors])
         if self.world_size > 1:
             [address] = self._wait([self.actors[0].free_address.remote()])
