@@ -6,8 +6,8 @@
 
 Each is one run of `python -m agentlightning.verl` in a process of its own, with the overrides that the table names and the
 defaults for the rest; nothing is tuned for any of them. The losses are compared with two optimizer steps a batch, since in the
-first step the new policy is the old one and most losses are the same. A run that is there already is not run again. The figure is the
-share of right answers, also for gdpo, which is paid for their form as well.
+first step the new policy is the old one and most losses are the same. A run that is there already is not run again. The figure is
+the share of right answers, also for gdpo, which is paid for their form as well.
 
 The exit code is 1 if one of them has not come above the base, which answers about one in five of the training problems.
 """
