@@ -58,6 +58,8 @@ RULES = {  # the longest name that fits a module holds for it
     "tinker": Rule(("tinker", "workers", "rollout", "models", "algorithms", "checkpoint", "types", "errors", VERSION)),
     "tinker.types": Rule((), ("numpy", "torch")),  # torch for type checkers alone, see test_light_imports
     "tinker.engine_api": Rule(("tinker.types",), ()),
+    # The service knows the engine's protocol alone; the command line opens one.
+    "tinker.server": Rule(("tinker.server", "tinker.types", "tinker.engine_api", "checkpoint", "errors", VERSION)),
     # What is done with a run directory from outside; the command line knows the tools and how to start a run.
     "tools": Rule(("tools", "checkpoint", "verl.plot", "verl.metrics", "verl.tracking", "errors")),
     "cli": Rule(("tools", "verl.entrypoint", "verl.metrics", "errors", VERSION), ()),

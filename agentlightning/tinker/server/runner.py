@@ -1,0 +1,289 @@
+"""The one thread that uses the engine: takes work from the queue, does it, commits its result, and lets the client have it.
+
+A result is given out when it is durable, so that no client has seen one that a restarted service would not know. An error that
+is the client's is an answer; a fault of the engine is one too, with its traceback in the log, and the model is restored from
+what is durable. Anything else ends the thread, and with it the service: its next start goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+from agentlightning.checkpoint.files import remove
+from agentlightning.errors import AgentLightningError, UserError
+from agentlightning.tinker.engine_api import LoraEngine, SampleRequest
+from agentlightning.tinker.server import wire
+from agentlightning.tinker.server.effects import USER_FAULTS, Effect, Effects, words
+from agentlightning.tinker.server.journal import Journal, drop_payload, finish
+from agentlightning.tinker.server.keeper import CHANGES_MODEL, Keeper, SavePolicy
+from agentlightning.tinker.server.records import SAMPLE, Blob, Operation
+from agentlightning.tinker.server.registry import Registry
+from agentlightning.tinker.server.requests import Asample
+from agentlightning.tinker.server.work_queue import Chore, Sample, Train, WorkQueue
+from agentlightning.tinker.types import EncodedTextChunk, ModelInput, SampleResponse
+
+IDLE_S = 0.5
+MAX_SAMPLERS = 32  # in the engine; any other is brought back from its directory
+_RATE_WINDOW_S = 60.0
+_RETRY_S = 1.0
+# What PyTorch, the file system and our own mistakes raise. Not `Exception`: what is not foreseen ends the service.
+FAULTS = (
+    AgentLightningError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """`start`, then `close`. `on_end` is called when the thread ends; `failed` says whether it should not have."""
+
+    def __init__(
+        self,
+        engine: LoraEngine,
+        registry: Registry,
+        journal: Journal,
+        queue: WorkQueue,
+        root: Path,
+        call_soon: Callable[[Callable[[], object]], object],
+        policy: SavePolicy | None = None,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._engine, self._registry, self._journal, self._queue, self._root = engine, registry, journal, queue, root
+        self._effects = Effects(engine, registry, root)
+        self.keeper = Keeper(engine, registry, journal, self._effects, root, policy or SavePolicy())
+        self._samplers: OrderedDict[str, None] = OrderedDict()  # in the engine, the longest unused first
+        self._tokens: deque[tuple[float, str, int]] = deque()
+        self.failed = False
+        self._call_soon, self._on_end = call_soon, on_end
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Open a line for each model, queue what waits, and begin."""
+        for model in list(self._registry.models.values()):
+            answered = [op.seq for op in self._registry.operations_of(model.id) if op.result_type is not None]
+            self._queue.open_line(model.id, max([model.saved_seq, *answered]) + 1)
+        for operation in list(self._registry.operations.values()):
+            if operation.result_type is None:
+                self._queue.add(operation)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what runs, save what can be, close the engine. What waits is done by the next start."""
+        self._queue.close()
+        self._thread.join()
+
+    def rates(self) -> dict[str, float]:
+        """Tokens a second over the last minute: `train`, `sample`."""
+        since = time.monotonic() - _RATE_WINDOW_S
+        recent = [entry for entry in list(self._tokens) if entry[0] >= since]
+        return {
+            kind: round(sum(count for _, of, count in recent if of == kind) / _RATE_WINDOW_S, 1) for kind in ("train", "sample")
+        }
+
+    def _run(self) -> None:
+        self.failed = True
+        try:
+            while True:
+                work = self._queue.next(IDLE_S)
+                if isinstance(work, Chore):
+                    work.run()
+                elif isinstance(work, Train):
+                    self._train(work.operation)
+                elif isinstance(work, Sample):
+                    self._sample(work.operations)
+                elif self._queue.closed:
+                    break
+                else:
+                    self._save_idle()
+            self._save_idle()
+            self._engine.close()
+            self.failed = False
+        finally:
+            self._on_end()
+
+    # ---- training
+
+    def _train(self, operation: Operation) -> None:
+        model = self._registry.models[operation.owner_id]
+        try:
+            effect = self._attempt(operation)
+        except USER_FAULTS as error:
+            effect = Effect("user", words(error).encode())
+        except FAULTS as error:
+            log.exception("%s: operation %d (%s) failed", model.id, operation.seq, operation.kind)
+            effect = Effect("server", f"{operation.kind} failed in the server: {type(error).__name__}: {error}".encode())
+            self.keeper.drop(model.id)
+        if effect.type != "server" and model.created:
+            self.keeper.note(model, operation, effect.gradient)
+        if effect.save_now:  # before the answer: what it read may be deleted behind it
+            committed = threading.Event()
+            self._finish(operation, effect, committed.set)
+            committed.wait()
+            while not self._save(lambda: self.keeper.save(model)) and not self._queue.closed:
+                time.sleep(_RETRY_S)
+            self._give_out(operation)
+        else:
+            self._finish(operation, effect)
+        self._queue.advance(model.id)
+        self._count("train", effect.tokens)
+        if model.id in self.keeper.held and operation.kind in CHANGES_MODEL and self.keeper.is_due(model):
+            self._save(lambda: self.keeper.save(model))
+
+    def _attempt(self, operation: Operation) -> Effect:
+        model = self._registry.models[operation.owner_id]
+        if operation.seq > 0 and not model.created:
+            raise UserError(f"{model.id} could not be created; expected a model that was: see the error of its creation")
+        self.keeper.load(model)
+        assert operation.payload is not None
+        return self._effects.run(model, operation, self._journal.segments.read(operation.payload))
+
+    def _save_idle(self) -> None:
+        if not self._save(self.keeper.save_idle):
+            time.sleep(_RETRY_S)
+
+    def _save(self, save: Callable[[], None]) -> bool:
+        """A save that fails loses nothing: the operations are kept until one succeeds."""
+        try:
+            save()
+        except (*FAULTS, sqlite3.Error):
+            log.exception("a model's state could not be saved; its operations are kept, and it is tried again")
+            return False
+        return True
+
+    # ---- sampling
+
+    def _sample(self, operations: Sequence[Operation]) -> None:
+        """All in one call; where one of them is at fault, each on its own."""
+        requests: list[tuple[Operation, SampleRequest, Asample]] = []
+        for operation in operations:
+            try:
+                requests.append((operation, *self._sample_request(operation)))
+            except FAULTS as error:
+                self._fail_sample(operation, error)
+        if not requests:
+            return
+        try:
+            responses = self._engine.sample([request for _, request, _ in requests])
+        except FAULTS as error:
+            if len(requests) == 1:
+                self._fail_sample(requests[0][0], error)
+            else:
+                for operation, _, _ in requests:
+                    self._sample([operation])
+            return
+        for (operation, request, body), response in zip(requests, responses, strict=True):
+            self._finish(operation, Effect("protobuf", wire.encode_sample(_last_n(response, body.prompt_logprobs_last_n))))
+            tokens = request.prompt.length + sum(len(sequence.tokens) for sequence in response.sequences)
+            self._count("sample", tokens)
+        self._make_room()
+
+    def _sample_request(self, operation: Operation) -> tuple[SampleRequest, Asample]:
+        assert operation.payload is not None
+        body = Asample.model_validate_json(self._journal.segments.read(operation.payload))
+        self._load_sampler(operation.owner_id)
+        request = SampleRequest(
+            sampler_id=operation.owner_id,
+            prompt=ModelInput([EncodedTextChunk(chunk.tokens) for chunk in body.prompt.chunks]),
+            num_samples=body.num_samples,
+            sampling_params=body.sampling_params.plain(),
+            stream=f"{self._registry.samplers[operation.owner_id].stream}/{operation.seq}",
+            prompt_logprobs=bool(body.prompt_logprobs),
+            topk_prompt_logprobs=body.topk_prompt_logprobs,
+        )
+        return request, body
+
+    def _load_sampler(self, sampler_id: str) -> None:
+        if sampler_id in self._samplers:
+            self._samplers.move_to_end(sampler_id)
+            return
+        if sampler_id not in self._registry.samplers:
+            raise UserError(f"the snapshot {sampler_id} is gone; expected one whose session has not ended: make it again")
+        directory = self._registry.samplers[sampler_id].directory
+        self._engine.add_sampler(sampler_id, None if directory is None else self._root / directory)
+        self._samplers[sampler_id] = None
+
+    def drop_sampler(self, sampler_id: str) -> None:
+        """Take a sampler out of the engine; a chore."""
+        if sampler_id in self._samplers:
+            del self._samplers[sampler_id]
+            self._engine.drop_sampler(sampler_id)
+
+    def _make_room(self) -> None:
+        """Take the longest unused samplers out of the engine."""
+        while len(self._samplers) > MAX_SAMPLERS:
+            self.drop_sampler(next(iter(self._samplers)))
+
+    def _fail_sample(self, operation: Operation, error: BaseException) -> None:
+        if isinstance(error, USER_FAULTS):
+            self._finish(operation, Effect("user", words(error).encode()))
+            return
+        log.error("sample %d of %s failed", operation.seq, operation.owner_id, exc_info=error)
+        self._finish(operation, Effect("server", f"sampling failed in the server: {type(error).__name__}: {error}".encode()))
+
+    # ---- results
+
+    def _finish(self, operation: Operation, effect: Effect, then: Callable[[], object] | None = None) -> None:
+        """Commit the result, and do `then` (give it out). A full disk is waited for."""
+        blob, finished_at = Blob("results", effect.body), time.time()
+        operation.result_type, operation.result, operation.finished_at = effect.type, blob, finished_at
+        changes = [*effect.changes, finish(operation, effect.type, blob, finished_at)]
+        if operation.kind == SAMPLE:
+            changes.append(drop_payload([operation.request_id]))
+
+        def committed(future: Future[None]) -> None:
+            error = future.exception()
+            if error is not None:
+                log.error("the result of %s cannot be written (%s); trying again", operation.request_id, error)
+                timer = threading.Timer(_RETRY_S, self._finish, (operation, effect, then))
+                timer.daemon = True
+                timer.start()
+                return
+            if operation.kind == SAMPLE and operation.payload is not None:
+                self._journal.segments.release(operation.payload)
+                operation.payload = None
+            for path in effect.garbage:
+                remove(path)
+            (then or partial(self._give_out, operation))()
+
+        self._journal.write(*changes, blobs=[blob]).add_done_callback(committed)
+
+    def answer(self, operation: Operation, message: str) -> None:
+        """Fail an operation that will not run."""
+        self._finish(operation, Effect("user", message.encode()))
+
+    def _give_out(self, operation: Operation) -> None:
+        self._call_soon(operation.done.set)
+
+    def _count(self, kind: str, tokens: int) -> None:
+        if tokens:
+            self._tokens.append((time.monotonic(), kind, tokens))
+        while self._tokens and self._tokens[0][0] < time.monotonic() - 2 * _RATE_WINDOW_S:
+            self._tokens.popleft()
+
+
+def _last_n(response: SampleResponse, last_n: int | None) -> SampleResponse:
+    """Only the last `last_n` prompt tokens keep their log-probabilities."""
+    if last_n is None:
+        return response
+    logprobs, topk = response.prompt_logprobs, response.topk_prompt_logprobs
+    if logprobs is not None:
+        logprobs = [None] * (len(logprobs) - last_n) + list(logprobs[-last_n:])
+    if topk is not None:
+        topk = [None] * (len(topk) - last_n) + list(topk[-last_n:])
+    return SampleResponse(response.sequences, logprobs, topk)
