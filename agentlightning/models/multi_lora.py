@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from torch import nn
@@ -65,16 +66,18 @@ class RowGroups:
     place_R: torch.Tensor  # where in K * G each row is
 
     @classmethod
-    def of(cls, adapter_R: torch.Tensor, count: int) -> RowGroups:
-        """`adapter_R`: int64 [R], the adapter of each row, among `count`."""
-        groups = tuple((adapter_R == k).nonzero()[:, 0] for k in range(count))
+    def of(cls, adapters: Sequence[int], count: int, device: torch.device) -> RowGroups:
+        """`adapters`: that of each row, among `count`. Laid out on the host, so that a GPU is not waited for."""
+        adapter_R = np.array(adapters, dtype=np.int64)
+        groups = [np.flatnonzero(adapter_R == k) for k in range(count)]
         width = max(len(group) for group in groups)
-        row_KG = torch.zeros(count, width, dtype=torch.int64, device=adapter_R.device)
-        place_R = torch.zeros_like(adapter_R)
+        row_KG = np.zeros((count, width), dtype=np.int64)
+        place_R = np.zeros_like(adapter_R)
         for k, group in enumerate(groups):
             row_KG[k, : len(group)] = group
-            place_R[group] = k * width + torch.arange(len(group), device=adapter_R.device)
-        return cls(groups, row_KG, place_R)
+            place_R[group] = k * width + np.arange(len(group))
+        on_device = [torch.from_numpy(array).to(device) for array in (*groups, row_KG, place_R)]
+        return cls(tuple(on_device[:-2]), on_device[-2], on_device[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,8 +102,13 @@ def open_engine(
     ):
         if value < 1:
             raise UserError(f"{name}: given {value}, expected at least 1")
-    if backend not in ("inprocess", "ray"):
-        raise UserError(f"backend: given {backend!r}, expected inprocess or ray")
+    for name, given, known in (
+        ("backend", backend, ("inprocess", "ray")),
+        ("device", device, ("auto", "cpu", "cuda")),
+        ("dtype", dtype, ("auto", "float32", "bfloat16")),
+    ):
+        if given not in known:
+            raise UserError(f"{name}: given {given!r}, expected one of {', '.join(known)}")
     if backend == "inprocess" and workers != 1:
         raise UserError(f"workers: given {workers} with backend=inprocess, expected 1; or backend=ray")
 
@@ -133,10 +138,16 @@ class InProcessLoraEngine:
             torch.set_num_threads(settings.num_threads)
         self.settings = settings
         self.device = _device(settings.device)
-        self.model = load_base(settings.path, settings.dtype, self.device, settings.gradient_checkpointing)
-        config = self.model.config.get_text_config()
-        tokenizer = load_tokenizer(settings.path)
-        check_vocabulary(tokenizer, config.vocab_size)
+        try:
+            self.model = load_base(settings.path, settings.dtype, self.device, settings.gradient_checkpointing)
+            config = self.model.config.get_text_config()
+            tokenizer = load_tokenizer(settings.path)
+            check_vocabulary(tokenizer, config.vocab_size)
+        except UserError as error:  # it speaks of the trainer's keys
+            raise UserError(
+                f"base_model: given {settings.base_model!r}, expected {_TINY!r}, a directory, or a name on the Hugging Face "
+                f"hub: {error}"
+            ) from error
         self.limits = Limits(int(config.vocab_size), int(config.max_position_embeddings))
         self.digest = _base_digest(self.model)
         self.lora = MultiLora(self.model)

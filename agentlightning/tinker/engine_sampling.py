@@ -30,6 +30,7 @@ from agentlightning.types import SamplingParams as TokenChoice
 
 _PREFILL_COLUMNS = 1024  # of a prompt at a time: the mask grows with their product by the context
 _LOGIT_ROWS = 256  # prompt positions whose logits exist at a time
+_BASE_ALONE = Adapter({}, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,23 +129,34 @@ class Sampler:
         self.lora, self.model, self.tokenizer = lora, lora.base, tokenizer
         self.limits, self.sizes, self.seed = limits, sizes, seed
         self.end_ids = _end_ids(self.model, tokenizer)
+        self.stack: AdapterStack | None = None
+        self.stacked: list[Adapter] = []
 
     @torch.no_grad()
     def sample(self, requests: Sequence[SampleRequest], adapters: Mapping[str, Adapter | None]) -> list[SampleResponse]:
         """One response a request, in order. `adapters` holds the weights of every sampler that is named; None: the base."""
         for request in requests:
             check_request(request, self.limits)
-        names = list(dict.fromkeys(request.sampler_id for request in requests))
+        names = sorted({request.sampler_id for request in requests})
         responses: dict[int, SampleResponse] = {}
-        for start in range(0, len(names), self.sizes.max_adapters):
-            part = names[start : start + self.sizes.max_adapters]
-            places = [i for i, request in enumerate(requests) if request.sampler_id in part]
-            empty = Adapter({}, 1.0)
-            stack = AdapterStack(self.lora, [adapters[name] or empty for name in part])
-            done = _Decoding(self, [requests[i] for i in places], part, stack).run()
-            responses.update(zip(places, done, strict=True))
-        self.lora.off()
+        try:
+            for start in range(0, len(names), self.sizes.max_adapters):
+                part = names[start : start + self.sizes.max_adapters]
+                places = [i for i, request in enumerate(requests) if request.sampler_id in part]
+                stack = self._stack([adapters[name] or _BASE_ALONE for name in part])
+                done = _Decoding(self, [requests[i] for i in places], part, stack).run()
+                responses.update(zip(places, done, strict=True))
+        finally:
+            self.lora.off()
         return [responses[i] for i in range(len(requests))]
+
+    def _stack(self, adapters: list[Adapter]) -> AdapterStack:
+        """The adapters on the device. Those of the last call stay there: a client asks many times for the same ones."""
+        if len(adapters) != len(self.stacked) or any(a is not b for a, b in zip(adapters, self.stacked, strict=True)):
+            self.stack = None  # the old one first: two of them at once may be what does not fit
+            self.stack, self.stacked = AdapterStack(self.lora, adapters), adapters
+        assert self.stack is not None
+        return self.stack
 
     def max_tokens(self, prompt_length: int, params: SamplingParams) -> int:
         """What the context leaves: the last token is chosen but never read."""
@@ -314,8 +326,7 @@ class _Decoding:
 
     def _use(self, adapters: Sequence[int]) -> None:
         """The adapter of each row of the next pass."""
-        adapter_R = torch.tensor(adapters, device=self.device)
-        self.sampler.lora.use_rows(self.stack, RowGroups.of(adapter_R, self.stack.size))
+        self.sampler.lora.use_rows(self.stack, RowGroups.of(adapters, self.stack.size, self.device))
 
     def _forward(self, cache: RowCache, token_BQ: np.ndarray, position_BQ: np.ndarray) -> torch.Tensor:
         """Hidden states [B, Q, H] of `token_BQ`, each seeing its row's tokens at positions up to its own."""

@@ -13,7 +13,7 @@ from peft import PeftModel
 from agentlightning.algorithms.tinker_losses import SERVICE_LOSSES
 from agentlightning.errors import NumericsError, UserError
 from agentlightning.models.base import load_base
-from agentlightning.tinker.engine import EngineSettings, InProcessLoraEngine
+from agentlightning.tinker.engine import EngineSettings, InProcessLoraEngine, open_engine
 from agentlightning.tinker.types import AdamParams, Datum, LoraConfig, ModelInput
 
 LENGTHS = (3, 11, 6, 1, 8)
@@ -289,3 +289,30 @@ def test_unknown_and_double_ids_are_errors(engine):
         engine.create_model("twice", LORA)
     with pytest.raises(UserError, match="rank: given 0"):
         engine.create_model("flat", LoraConfig(rank=0))
+
+
+def test_a_base_in_bfloat16_trains_in_float32_and_loads_what_one_in_float32_saved(engine, model, tmp_path):
+    engine.forward_backward(model, rl_data(), "cross_entropy")
+    engine.save_state(model, tmp_path / "a")
+    half = InProcessLoraEngine(EngineSettings("tiny", "cpu", "bfloat16", num_threads=1))
+    half.create_model("m", LORA)
+    half.load_state("m", tmp_path / "a", optimizer=True)
+    whole, rough = (e.forward_backward(m, rl_data(), "cross_entropy") for e, m in ((engine, model), (half, "m")))
+    assert rough.metrics["loss:sum"] == pytest.approx(whole.metrics["loss:sum"], rel=0.03)
+    half.optim_step("m", AdamParams())
+    assert {parameter.dtype for parameter in half.models["m"].parameters.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"base_model": "/no/such/base"}, "base_model: given '/no/such/base', expected 'tiny', a directory"),
+        ({"workers": 2}, "workers: given 2 with backend=inprocess, expected 1; or backend=ray"),
+        ({"backend": "rey"}, "backend: given 'rey', expected one of inprocess, ray"),
+        ({"device": "gpu"}, "device: given 'gpu'"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens: given 0, expected at least 1"),
+    ],
+)
+def test_an_engine_that_cannot_be_says_why(options, words):
+    with pytest.raises(UserError, match=words):
+        open_engine(**{"base_model": "tiny", "device": "cpu", **options})
