@@ -1,7 +1,7 @@
 """The one thread that an engine is called by. Calls enter in the order of the loop, futures leave, filled in that order.
 
 Sampling requests are the exception: a sampler never changes, so those that wait are sampled together. A batch begins when
-somebody waits for one of its answers, when another call is made, or when nobody has asked for more for a moment; so what a loop
+somebody waits for one of its answers, when another call is made, or when nobody has asked for more for a second; so what a loop
 asks for before it waits is one batch, whatever the speed of the machine, and its result the same to the last bit.
 """
 
@@ -21,7 +21,7 @@ from agentlightning.tinker.futures import ErrorsTo, Future
 from agentlightning.tinker.types import SampleResponse
 
 T = TypeVar("T")
-_QUIET_S = 0.02  # nobody waits, and nobody has asked for another sample for as long: begin
+_QUIET_S = 1.0  # nobody waits, and nobody has asked for another sample for as long: begin
 _LEAVING_S = 5.0  # what the end of the process waits for the call that runs
 
 

@@ -49,11 +49,13 @@ class Future(Generic[T]):
         return await self
 
     def done(self) -> bool:
-        """Whether the answer, or an error, is there."""
+        """Whether the answer, or an error, is there. Who asks is waiting."""
+        self._before_wait()
         return self._inner.done()
 
     def future(self) -> ConcurrentFuture[T]:
-        """For `concurrent.futures.wait` and its like."""
+        """For `concurrent.futures.wait` and its like. Who asks for it is waiting."""
+        self._before_wait()
         return self._inner
 
     def then(self, convert: Callable[[T], U]) -> Future[U]:

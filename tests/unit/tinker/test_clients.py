@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from client_engine import WritingEngine
 
 from agentlightning import checkpoint_utils
 from agentlightning.errors import CheckpointError, ConfigError, UserError
-from agentlightning.tinker import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient, engine, service_client
+from agentlightning.tinker import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient, dispatch, engine, service_client
 from agentlightning.tinker.dispatch import ClosedError, EngineThread
 from agentlightning.tinker.places import Places
 
@@ -170,9 +172,17 @@ def test_tasks_of_an_event_loop_are_sampled_together(toy, client):
     assert [len(call[1]) for call in toy.calls] == [30]
 
 
-def test_a_batch_begins_although_nobody_waits(client):
+def test_a_batch_begins_although_nobody_waits(client, monkeypatch):
+    monkeypatch.setattr(dispatch, "_QUIET_S", 0.01)
+    finished = threading.Event()
+    ask(client.save_weights_and_get_sampling_client(), 1)._inner.add_done_callback(lambda _: finished.set())
+    assert finished.wait(30)
+
+
+def test_whoever_polls_is_waiting(client):
     future = ask(client.save_weights_and_get_sampling_client(), 1)
-    assert future.future().result(30).sequences[0].tokens == [1]  # waits without telling
+    assert wait([future.future()], 30).not_done == set()
+    assert future.done()
 
 
 def test_a_request_that_is_refused_fails_alone(client):

@@ -1,4 +1,4 @@
-"""A loop through the clients on the embedded base: never stopped == stopped and resumed, bit for bit, != without the optimizer."""
+"""A loop through the clients on the embedded base: never stopped equals resumed to the last bit; without the optimizer not."""
 
 from pathlib import Path
 
