@@ -221,11 +221,11 @@ class WorkerGroup:
 
 def _local(mini_batches: Sequence[MiniBatch], shard: np.ndarray) -> list[MiniBatch]:
     """The mini-batches in terms of a shard's own rows; the counts stay those of all rows."""
-    place = {int(row): i for i, row in enumerate(shard)}
-    return [
-        MiniBatch(np.array([place[int(row)] for row in mini.rows if int(row) in place], dtype=np.int64), mini.denominators)
-        for mini in mini_batches
-    ]
+    rows = [shard, *(mini.rows for mini in mini_batches)]
+    place = np.full(1 + max(int(part.max(initial=-1)) for part in rows), -1, dtype=np.int64)
+    place[shard] = np.arange(len(shard))
+    places = [place[mini.rows] for mini in mini_batches]
+    return [MiniBatch(own[own >= 0], mini.denominators) for own, mini in zip(places, mini_batches, strict=True)]
 
 
 def _gather(parts: Sequence[np.ndarray], shards: Sequence[np.ndarray], batch: Batch, fill: float) -> np.ndarray:
