@@ -7,7 +7,7 @@ gradients of micro-batches and of workers simply add up.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from agentlightning.models.base import output_head
 from agentlightning.models.logprobs import log_probs, sum_pi_squared
 from agentlightning.models.passes import Pass, training_passes
 from agentlightning.types import Batch, MicroBatches
-from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch
+from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch, Shard
 from agentlightning.workers.optimizer import NamedAdamW
 from agentlightning.workers.settings import ActorSettings, load_policy_loss
 
@@ -34,10 +34,16 @@ class Actor:
 
     name = "actor"
 
-    def __init__(self, adapters: Adapters, settings: ActorSettings, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        adapters: Adapters,
+        settings: ActorSettings,
+        check: Callable[[], None],
+        logical_shards: int | None = None,
+    ) -> None:
         self.adapters, self.settings, self.check = adapters, settings, check
         self.parameters = adapters.parameters[self.name]
-        self.optimizer = NamedAdamW(self.parameters, settings.optim)
+        self.optimizer = NamedAdamW(self.parameters, settings.optim, logical_shards)
         self.policy_loss = load_policy_loss(settings.loss_mode)
 
     @torch.no_grad()
@@ -57,23 +63,36 @@ class Actor:
         one step (then the policy is still the one that sampled, and the ratio is 1). Reads `rollout_is_weights` and
         `rollout_tokens` where they are there: see `PolicyLossInputs`.
         """
+        return self.update_shards([Shard(batch, mini_batches)], training_step)[0]
+
+    def update_shards(self, shards: Sequence[Shard], training_step: int) -> list[ActorUpdate]:
+        """The same where this worker has several shards of the batch; an answer for each, as if each were a worker's."""
         self.adapters.use(self.name, training=True)
-        first_BT = np.full(batch.response_BT.shape, np.nan, dtype=np.float32)
-        metrics: list[dict[str, float]] = []
-        for number, mini_batch in enumerate(mini_batches):
-            selected_BT = np.zeros(batch.mask_BT.shape, dtype=np.bool_)
+        updates = [ActorUpdate([], np.full(shard.batch.response_BT.shape, np.nan, dtype=np.float32)) for shard in shards]
+        for number in range(len(shards[0].mini_batches)):
+            selected = [np.zeros(shard.batch.mask_BT.shape, dtype=np.bool_) for shard in shards]
             if self.settings.loss_mode in TOKEN_CHOICES:
-                selected_BT = self._select_tokens(batch, mini_batch.rows, training_step, number)
-            rows = mini_batch.rows[self._can_move(batch, mini_batch.rows, selected_BT)]
+                selected = self._select_tokens(shards, training_step, number)
             self.optimizer.zero_grad()
-            sums: dict[str, float] = {}
-            for run in training_passes(self.adapters.base, batch, rows, self.settings.micro_batch):
-                self.check()
-                logp_BT = self._backward(run, mini_batch.denominators, selected_BT, sums)
-                new = np.isnan(first_BT[run.rows, 0])
-                first_BT[run.rows[new], : logp_BT.shape[1]] = logp_BT[new]
-            metrics.append(sums | self.optimizer.step(training_step, "the policy loss (actor/pg_loss)"))
-        return ActorUpdate(metrics, first_BT)
+            for shard, selected_BT, update in zip(shards, selected, updates, strict=True):
+                update.metrics.append(self._add_gradient(shard, number, selected_BT, update.log_probs_BT))
+                self.optimizer.end_of_shard()
+            stepped = self.optimizer.step(training_step, "the policy loss (actor/pg_loss)")
+            for update in updates:
+                update.metrics[-1] |= stepped
+        return updates
+
+    def _add_gradient(self, shard: Shard, number: int, selected_BT: np.ndarray, first_BT: np.ndarray) -> dict[str, float]:
+        """Run a shard's part of mini-batch `number`; the log-probabilities of rows that had none go into `first_BT`."""
+        batch, mini_batch = shard.batch, shard.mini_batches[number]
+        rows = mini_batch.rows[self._can_move(batch, mini_batch.rows, selected_BT)]
+        sums: dict[str, float] = {}
+        for run in training_passes(self.adapters.base, batch, rows, self.settings.micro_batch):
+            self.check()
+            logp_BT = self._backward(run, mini_batch.denominators, selected_BT, sums)
+            new = np.isnan(first_BT[run.rows, 0])
+            first_BT[run.rows[new], : logp_BT.shape[1]] = logp_BT[new]
+        return sums
 
     def _can_move(self, batch: Batch, rows: np.ndarray, selected_BT: np.ndarray) -> np.ndarray:
         """Which rows have a gradient at all: a sample without advantage adds exactly nothing to a loss of `POLICY_LOSSES`,
@@ -85,21 +104,30 @@ class Actor:
         return np.any((batch.columns["advantages"][rows] * batch.mask_BT[rows] != 0) | selected_BT[rows], axis=1)
 
     @torch.no_grad()
-    def _select_tokens(self, batch: Batch, rows: np.ndarray, training_step: int, optimizer_step: int) -> np.ndarray:
-        """The tokens among `rows` that the loss treats in another way, bool [B, T]. They are chosen over the whole mini-batch,
-        those of the other workers included, under the present weights.
+    def _select_tokens(self, shards: Sequence[Shard], training_step: int, number: int) -> list[np.ndarray]:
+        """The tokens of mini-batch `number` that the loss treats in another way, bool [B, T] for each shard. They are chosen
+        over the whole mini-batch, those of the other workers included, under the present weights.
         """
+        key = (self.settings.seed, training_step, number)
+        candidates = [self._choice_columns(shard.batch, shard.mini_batches[number].rows, key) for shard in shards]
+        mine_N4 = torch.from_numpy(np.concatenate([columns_N4 for columns_N4, _ in candidates]))
+        all_N4, mine = _gather(mine_N4.to(self.adapters.base.device))
+        chosen_N = TOKEN_CHOICES[self.settings.loss_mode](ChoiceTokens(*all_N4.unbind(1)), self.settings)[mine].cpu().numpy()
+        start = 0
+        for columns_N4, selected_BT in candidates:
+            selected_BT[selected_BT] = chosen_N[start : start + len(columns_N4)]
+            start += len(columns_N4)
+        return [selected_BT for _, selected_BT in candidates]
+
+    def _choice_columns(self, batch: Batch, rows: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """The fields of `ChoiceTokens`, float64 [N, 4], of the trained tokens of `rows`, and where those are, bool [B, T]."""
         logp_BT = self._log_probs(batch, rows, self.settings.log_prob_micro_batch).log_probs_BT
         old_BT = batch.columns.get("old_log_probs", logp_BT)
-        random_BT = _random_numbers(batch, rows, (self.settings.seed, training_step, optimizer_step))
-        selected_BT = np.zeros(batch.mask_BT.shape, dtype=np.bool_)
-        selected_BT[rows] = batch.mask_BT[rows]
-        columns = [column_BT[selected_BT] for column_BT in (batch.columns["advantages"], logp_BT, old_BT, random_BT)]
-        mine_N4 = torch.from_numpy(np.stack(columns, axis=1).astype(np.float64)).to(self.adapters.base.device)
-        all_N4, mine = _gather(mine_N4)
-        chosen_N = TOKEN_CHOICES[self.settings.loss_mode](ChoiceTokens(*all_N4.unbind(1)), self.settings)
-        selected_BT[selected_BT] = chosen_N[mine].cpu().numpy()
-        return selected_BT
+        random_BT = _random_numbers(batch, rows, key)
+        token_BT = np.zeros(batch.mask_BT.shape, dtype=np.bool_)
+        token_BT[rows] = batch.mask_BT[rows]
+        columns = [column_BT[token_BT] for column_BT in (batch.columns["advantages"], logp_BT, old_BT, random_BT)]
+        return np.stack(columns, axis=1).astype(np.float64), token_BT
 
     def _backward(
         self, run: Pass, denominators: LossDenominators, selected_BT: np.ndarray, sums: dict[str, float]

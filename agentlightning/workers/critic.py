@@ -6,7 +6,7 @@ actor's detached hidden states (half the cost of an update, and it learns as wel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from agentlightning.models.passes import Pass, make_pass, training_passes
 from agentlightning.models.value_head import ValueHead
 from agentlightning.types import Batch
 from agentlightning.workers.actor import Actor
-from agentlightning.workers.messages import MiniBatch
+from agentlightning.workers.messages import MiniBatch, Shard
 from agentlightning.workers.optimizer import NamedAdamW
 from agentlightning.workers.settings import CriticSettings
 
@@ -30,13 +30,19 @@ class Critic:
 
     name = "critic"
 
-    def __init__(self, adapters: Adapters, settings: CriticSettings, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        adapters: Adapters,
+        settings: CriticSettings,
+        check: Callable[[], None],
+        logical_shards: int | None = None,
+    ) -> None:
         self.adapters, self.settings, self.check = adapters, settings, check
         self.adapter = self.name if settings.kind == "adapter" else Actor.name
         self.head = ValueHead(adapters.base.config.hidden_size, adapters.base.device)
         self.head_parameters = {f"value_head.{name}": parameter for name, parameter in self.head.named_parameters()}
         self.adapter_parameters: Mapping[str, nn.Parameter] = adapters.parameters.get(self.name, {})
-        self.optimizer = NamedAdamW({**self.adapter_parameters, **self.head_parameters}, settings.optim)
+        self.optimizer = NamedAdamW({**self.adapter_parameters, **self.head_parameters}, settings.optim, logical_shards)
 
     @torch.no_grad()
     def compute_values(self, batch: Batch) -> np.ndarray:
@@ -50,23 +56,37 @@ class Critic:
         return values_BT
 
     def update(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> list[dict[str, float]]:
-        """One optimizer step for each mini-batch; needs the columns `values` and `returns`. Metrics add up over workers."""
+        """One optimizer step for each mini-batch; needs the columns `values` and `returns`. Metrics add up over shards."""
+        return self.update_shards([Shard(batch, mini_batches)], training_step)[0]
+
+    def update_shards(self, shards: Sequence[Shard], training_step: int) -> list[list[dict[str, float]]]:
+        """The same where this worker has several shards of the batch; an answer for each, as if each were a worker's."""
         self.adapters.use(self.adapter, training=self.settings.kind == "adapter")
         # The actor's states do not change while the head alone is trained: one pass serves all epochs.
-        states = self._detached_states(batch) if self.settings.kind == "head" else None
-        metrics: list[dict[str, float]] = []
-        for mini_batch in mini_batches:
+        states = [self._detached_states(shard.batch) if self.settings.kind == "head" else None for shard in shards]
+        metrics: list[list[dict[str, float]]] = [[] for _ in shards]
+        for number in range(len(shards[0].mini_batches)):
             self.optimizer.zero_grad()
-            sums: dict[str, float] = {}
-            if states is None:
-                runs = training_passes(self.adapters.base, batch, mini_batch.rows, self.settings.micro_batch)
-            else:
-                runs = _one_pass(batch, mini_batch.rows, states)
-            for run in runs:
-                self.check()
-                self._backward(run, mini_batch.denominators, sums)
-            metrics.append(sums | self.optimizer.step(training_step, "the value loss (critic/vf_loss)"))
+            for shard, states_of_rows, answer in zip(shards, states, metrics, strict=True):
+                answer.append(self._add_gradient(shard, number, states_of_rows))
+                self.optimizer.end_of_shard()
+            stepped = self.optimizer.step(training_step, "the value loss (critic/vf_loss)")
+            for answer in metrics:
+                answer[-1] |= stepped
         return metrics
+
+    def _add_gradient(self, shard: Shard, number: int, states: list[torch.Tensor] | None) -> dict[str, float]:
+        """Run a shard's part of mini-batch `number`, from its rows' `states` where they are known."""
+        batch, mini_batch = shard.batch, shard.mini_batches[number]
+        if states is None:
+            runs = training_passes(self.adapters.base, batch, mini_batch.rows, self.settings.micro_batch)
+        else:
+            runs = _one_pass(batch, mini_batch.rows, states)
+        sums: dict[str, float] = {}
+        for run in runs:
+            self.check()
+            self._backward(run, mini_batch.denominators, sums)
+        return sums
 
     @torch.no_grad()
     def _detached_states(self, batch: Batch) -> list[torch.Tensor]:

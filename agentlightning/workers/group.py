@@ -2,7 +2,8 @@
 
 Two back ends with the same objects behind them: `InProcess` (one worker, here; breakpoints work) and
 `agentlightning.workers.ray_backend` (one process a GPU or CPU slot). What is split, and how, is a pure function of the batch
-and the number of workers.
+and the number of shards: that of the workers, or with logical shards one that is kept with the run, so that another number of
+workers gives the same bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from agentlightning.errors import CheckpointError, StaleAdapterError
 from agentlightning.types import Batch, Completion, JournalSpec, Prompt, SamplingParams
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch, WorkerState
 from agentlightning.workers.settings import WorkerSettings
-from agentlightning.workers.shards import balanced_shards, prompt_shards
+from agentlightning.workers.shards import balanced_shards, prompt_shards, shards_of_workers
 
 
 class Backend(Protocol):
@@ -86,11 +87,12 @@ class SnapshotWriter:
 
 
 class WorkerGroup:
-    """What the trainer talks to."""
+    """What the trainer talks to. `logical_shards` must be that of the workers' settings."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, logical_shards: int | None = None) -> None:
         self.backend = backend
         self.world_size = backend.world_size
+        self.logical_shards = logical_shards
         self._writers: list[int] = [0]
 
     def generate(
@@ -108,8 +110,8 @@ class WorkerGroup:
         With a `journal`, those that finished before the run was killed are taken from it.
         """
         lengths = np.array([len(prompt.token_ids) for prompt in prompts])
-        shards = balanced_shards(lengths, self.world_size)
-        answers = self.backend.call(
+        shards = balanced_shards(lengths, self.logical_shards or self.world_size)
+        answers = self._spread(
             "generate", [([prompts[i] for i in shard], params, seed, step, version, journal) for shard in shards]
         )
         result: list[Completion | None] = [None] * (len(prompts) * params.n)
@@ -132,7 +134,7 @@ class WorkerGroup:
     def compute_values(self, batch: Batch) -> np.ndarray:
         """Values of the states before each response token, [B, T]."""
         shards = self._shards(batch)
-        answers = self.backend.call("compute_values", [(batch.rows(shard),) for shard in shards])
+        answers = self._spread("compute_values", [(batch.rows(shard),) for shard in shards])
         return _gather(answers, shards, batch, 0.0)
 
     def update_actor(
@@ -140,7 +142,7 @@ class WorkerGroup:
     ) -> tuple[dict[str, float], np.ndarray]:
         """One optimizer step a mini-batch. Returns metrics, the mean over the steps, and the first pass's log-probs [B, T]."""
         shards = self._shards(batch)
-        updates: list[ActorUpdate] = self.backend.call(
+        updates: list[ActorUpdate] = self._spread(
             "update_actor", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards]
         )
         log_probs_BT = _gather([update.log_probs_BT for update in updates], shards, batch, np.nan)
@@ -153,9 +155,7 @@ class WorkerGroup:
         """One optimizer step a mini-batch. Returns metrics, the mean over the steps."""
         shards = self._shards(batch)
         return _reduce(
-            self.backend.call(
-                "update_critic", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards]
-            )
+            self._spread("update_critic", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards])
         )
 
     def update_weights(self, version: int) -> None:
@@ -204,11 +204,19 @@ class WorkerGroup:
         return self.backend.call(method, [arguments] * self.world_size)
 
     def _shards(self, batch: Batch) -> list[np.ndarray]:
-        return prompt_shards(batch, self.world_size)
+        return prompt_shards(batch, self.logical_shards or self.world_size)
+
+    def _spread(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers for all shards, in their order; `arguments` has one tuple a shard."""
+        if self.logical_shards is None:
+            return self.backend.call(method, arguments)
+        parts = shards_of_workers(self.logical_shards, self.world_size)
+        answers = self.backend.call("each_shard", [(method, arguments[part.start : part.stop]) for part in parts])
+        return [answer for answers_of_worker in answers for answer in answers_of_worker]
 
     def _log_probs(self, method: str, batch: Batch, *more: Any) -> LogProbs:
         shards = self._shards(batch)
-        answers: list[LogProbs] = self.backend.call(method, [(batch.rows(shard), *more) for shard in shards])
+        answers: list[LogProbs] = self._spread(method, [(batch.rows(shard), *more) for shard in shards])
         log_probs_BT = _gather([answer.log_probs_BT for answer in answers], shards, batch, 0.0)
         squares = [answer.sum_pi_squared_BT for answer in answers if answer.sum_pi_squared_BT is not None]
         return LogProbs(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from agentlightning.algorithms.aggregation import LossDenominators
+from agentlightning.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,14 @@ class MiniBatch:
 
     rows: np.ndarray
     denominators: LossDenominators
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of the batch that is computed by itself, and its rows of each mini-batch."""
+
+    batch: Batch
+    mini_batches: list[MiniBatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +43,7 @@ class LogProbs:
 
 @dataclass(frozen=True, slots=True)
 class ActorUpdate:
-    """Metrics of each optimizer step, to be added up over workers, and the log-probabilities that its first pass gave.
+    """Metrics of each optimizer step, to be added up over shards, and the log-probabilities that its first pass gave.
 
     `log_probs_BT` is NaN for samples that were left out because they cannot move the policy.
     """

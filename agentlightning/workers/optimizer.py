@@ -1,7 +1,7 @@
 """AdamW over a few small parameters: gradients lie in one flat buffer, state is kept by parameter name.
 
-Enters: gradients summed into the buffer, by one worker or by all (one flat all-reduce). Leaves: new weights, or a
-`NumericsError` before any weight has changed.
+Enters: gradients summed into the buffer, over the shards and over the workers. Leaves: new weights, or a `NumericsError` before
+any weight has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from agentlightning.errors import CheckpointError, NumericsError
+from agentlightning.workers.logical_shards import GradientTree
 from agentlightning.workers.settings import OptimSettings
+from agentlightning.workers.shards import shards_of_workers
 
 # DoRA's. Weight decay draws LoRA's matrices to the base, which they start at with zero; a magnitude of zero is no model at all.
 _MAGNITUDE = "lora_magnitude_vector"
@@ -80,10 +82,17 @@ _SHAPES: Mapping[str, Callable[[OptimSettings, int], float]] = {
 
 
 class NamedAdamW:
-    """AdamW (Loshchilov and Hutter, 2019) on `parameters`, float32, each known by its name."""
+    """AdamW (Loshchilov and Hutter, 2019) on `parameters`, float32, each known by its name.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings) -> None:
-        self.settings = settings
+    `logical_shards`: gradients are added by the tree of `GradientTree`, and `end_of_shard` follows the passes of each shard.
+    Without, each worker's are one sum, and those of the workers are added in whatever order the collective does.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: OptimSettings, logical_shards: int | None = None
+    ) -> None:
+        self.settings, self.logical_shards = settings, logical_shards
+        self.tree: GradientTree | None = None
         self.parameters = dict(sorted(parameters.items()))
         device = next(iter(self.parameters.values())).device
         self.flat_grad = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=device)
@@ -102,6 +111,15 @@ class NamedAdamW:
     def zero_grad(self) -> None:
         """Start a new sum."""
         self.flat_grad.zero_()
+        if self.logical_shards is not None:
+            world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+            self.tree = GradientTree(self.logical_shards, shards_of_workers(self.logical_shards, world_size)[rank].start)
+
+    def end_of_shard(self) -> None:
+        """What was added since the last call is one shard's gradient."""
+        if self.tree is not None:
+            self.tree.add(self.flat_grad)
+            self.flat_grad.zero_()
 
     @contextmanager
     def undone_on_error(self, optimizer_steps: int) -> Iterator[None]:
@@ -129,8 +147,7 @@ class NamedAdamW:
 
         Raises `NumericsError` naming `what` if a gradient is NaN or infinite; then no weight has changed.
         """
-        if dist.is_initialized():
-            dist.all_reduce(self.flat_grad)
+        self._sum_gradients()
         norm = float(self.flat_grad.norm())
         if not math.isfinite(norm):
             raise NumericsError(f"the gradient of {what} is {norm} at step {training_step}; {self._non_finite_names()}")
@@ -141,6 +158,14 @@ class NamedAdamW:
             group["lr"] = lr
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}
+
+    def _sum_gradients(self) -> None:
+        """Over the shards and workers, into the flat buffer."""
+        if self.tree is not None:
+            self.flat_grad.copy_(self.tree.total())
+            self.tree = None
+        elif dist.is_initialized():
+            dist.all_reduce(self.flat_grad)
 
     def _non_finite_names(self) -> str:
         names = [n for n, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]

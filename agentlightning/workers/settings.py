@@ -86,6 +86,7 @@ class WorkerSettings:
     trust_remote_code: bool = False
     override_config: Mapping[str, Any] = field(default_factory=dict)  # values of the model's own configuration
     quantization: Quantization | None = None
+    logical_shards: int | None = None  # a power of two; None: one a worker, and the last bits hang on how many those are
     lora_adapter_path: str | None = None  # the actor starts from this adapter; the reference is the base without it
 
 

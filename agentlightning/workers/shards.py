@@ -73,3 +73,9 @@ def prompt_shards(batch: Batch, world_size: int) -> list[np.ndarray]:
     length_G = np.array([batch.total_len_B[rows].sum() for rows in groups])
     shards = balanced_shards(length_G, world_size)
     return [np.array([row for group in shard for row in groups[group]], dtype=np.int64) for shard in shards]
+
+
+def shards_of_workers(shards: int, world_size: int) -> list[range]:
+    """The shards of each worker: neighbours, and about as many for each."""
+    ends = [shards * (rank + 1) // world_size for rank in range(world_size)]
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -29,7 +29,7 @@ from agentlightning.rollout.journal import RolloutJournal, adapter_digest, tool_
 from agentlightning.types import Batch, Completion, JournalSpec, LoraShape, Prompt, SamplingParams
 from agentlightning.workers.actor import Actor
 from agentlightning.workers.critic import Critic
-from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs, MiniBatch, WorkerState
+from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs, MiniBatch, Shard, WorkerState
 from agentlightning.workers.optimizer import load_weights
 from agentlightning.workers.settings import WorkerSettings
 from agentlightning.workers.shards import ADAPTER_FILE, StateTensors, share_of_state
@@ -62,8 +62,10 @@ class Worker:
         starts = {Actor.name: settings.lora_adapter_path} if settings.lora_adapter_path is not None else {}
         self.adapters = Adapters(base, self._lora_shapes(), settings.seed, starts)
         self.merged = self._merged(plain) if plain is not None else None
-        self.actor = Actor(self.adapters, settings.actor, check)
-        self.critic = Critic(self.adapters, settings.critic, check) if settings.critic is not None else None
+        self.actor = Actor(self.adapters, settings.actor, check, settings.logical_shards)
+        self.critic = (
+            Critic(self.adapters, settings.critic, check, settings.logical_shards) if settings.critic is not None else None
+        )
         self.engine: Engine = DecodeLoop(
             model=self.merged.model if self.merged is not None else self.adapters.base,
             renderer=ChatRenderer(tokenizer),
@@ -120,14 +122,28 @@ class Worker:
 
     def update_actor(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> ActorUpdate:
         """See `Actor.update`."""
-        with self.actor.optimizer.undone_on_error(len(mini_batches)):
-            return self.actor.update(batch, mini_batches, training_step)
+        return self._update_actor_shards([Shard(batch, mini_batches)], training_step)[0]
 
     def update_critic(self, batch: Batch, mini_batches: list[MiniBatch], training_step: int) -> list[dict[str, float]]:
         """See `Critic.update`."""
+        return self._update_critic_shards([Shard(batch, mini_batches)], training_step)[0]
+
+    def each_shard(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers of `method` for each of this worker's logical shards; shards of an update share its optimizer steps."""
+        updates = {"update_actor": self._update_actor_shards, "update_critic": self._update_critic_shards}
+        if method not in updates:
+            return [getattr(self, method)(*of_shard) for of_shard in arguments]
+        training_step = arguments[0][2]
+        return updates[method]([Shard(batch, mini_batches) for batch, mini_batches, _ in arguments], training_step)
+
+    def _update_actor_shards(self, shards: list[Shard], training_step: int) -> list[ActorUpdate]:
+        with self.actor.optimizer.undone_on_error(len(shards[0].mini_batches)):
+            return self.actor.update_shards(shards, training_step)
+
+    def _update_critic_shards(self, shards: list[Shard], training_step: int) -> list[list[dict[str, float]]]:
         critic = self._the_critic()
-        with critic.optimizer.undone_on_error(len(mini_batches)):
-            return critic.update(batch, mini_batches, training_step)
+        with critic.optimizer.undone_on_error(len(shards[0].mini_batches)):
+            return critic.update_shards(shards, training_step)
 
     def update_weights(self, version: int) -> None:
         """The engine samples from the present adapter from now on, and calls it `version`."""

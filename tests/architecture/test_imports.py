@@ -31,7 +31,7 @@ class Rule:
     lazy: tuple[str, ...] = ()  # libraries allowed inside functions only
 
 
-WORKER_BASICS = ("workers.messages", "workers.micro_batch", "workers.optimizer", "workers.settings")
+WORKER_BASICS = ("workers.messages", "workers.logical_shards", "workers.optimizer", "workers.settings", "workers.shards")
 CHECKPOINT_PARTS = ("checkpoint.snapshot", "checkpoint.manifest", "checkpoint.preemption")
 RULES = {  # the longest name that fits a module holds for it
     "errors": Rule((), ()),
@@ -62,13 +62,16 @@ RULES = {  # the longest name that fits a module holds for it
     "tinker.server": Rule(("tinker.server", "tinker.types", "tinker.engine_api", "checkpoint", "errors", VERSION)),
     # What is done with a run directory from outside; the command line knows the tools and how to start a run.
     "tools": Rule(("tools", "checkpoint", "verl.plot", "verl.metrics", "verl.tracking", "errors")),
-    "cli": Rule(("tools", "verl.entrypoint", "verl.metrics", "errors", VERSION), ()),
+    "cli": Rule(
+        ("tools", "verl.entrypoint", "verl.metrics", "tinker.server", "tinker.engine", "tinker.engine_api", "errors", VERSION),
+        (),
+    ),
     "__main__": Rule(("cli",), ()),
 }
 # DESIGN lets only verl/entrypoint import verl/trainer; verl/launch is the entrypoint's heavy half, which it alone may import.
 ONLY_IMPORTER = {"verl.trainer": "verl.launch", "verl.launch": "verl.entrypoint"}
 # What a worker holds (Actor, Critic, Engine) runs under a debugger without it.
-KNOW_RAY = ("workers.ray_backend", "verl", "tinker.ray_engine")
+KNOW_RAY = ("workers.ray_backend", "workers.ray_cluster", "verl", "tinker.ray_engine")
 
 
 # ---- the checks: a folder that holds the package goes in, one line for each fault comes out

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from test_worker import ACTOR, OPTIM, SAMPLING, plan, worker_settings
 
+from agentlightning.algorithms.aggregation import LossDenominators
 from agentlightning.algorithms.policy_losses.inputs import PolicyLossInputs
 from agentlightning.algorithms.policy_losses.names import POLICY_LOSSES, TOKEN_CHOICES
 from agentlightning.algorithms.policy_losses.settings import PolicyLossSettings
@@ -21,6 +22,7 @@ from agentlightning.types import Batch, MicroBatches
 from agentlightning.verl.batching import make_batch
 from agentlightning.workers import actor as actor_module
 from agentlightning.workers.actor import Actor
+from agentlightning.workers.messages import MiniBatch, Shard
 from agentlightning.workers.settings import load_policy_loss
 from agentlightning.workers.shards import prompt_shards
 from agentlightning.workers.worker import Worker
@@ -137,13 +139,18 @@ def test_rollouts_of_several_samples_reach_the_loss(make_actor, batch):
 
 def choose(actor: Actor, batch: Batch, gather: Callable, monkeypatch, step: tuple[int, int] = (1, 0)) -> np.ndarray:
     monkeypatch.setattr(actor_module, "_gather", gather)
-    return actor._select_tokens(batch, np.arange(len(batch)), *step)
+    return selection(actor, batch, *step)
+
+
+def selection(actor: Actor, batch: Batch, training_step: int = 1, number: int = 0) -> np.ndarray:
+    everything = MiniBatch(np.arange(len(batch)), LossDenominators(1.0, 1.0, 1.0))
+    return actor._select_tokens([Shard(batch, [everything] * (number + 1))], training_step, number)[0]
 
 
 @pytest.mark.parametrize("mode", list(TOKEN_CHOICES))
 def test_the_choice_is_that_of_the_whole_mini_batch_however_it_is_dealt_out(make_actor, batch, mode, monkeypatch):
     actor = make_actor(loss_mode=mode)
-    whole_BT = actor._select_tokens(batch, np.arange(len(batch)), 1, 0)
+    whole_BT = selection(actor, batch)
     assert whole_BT.sum() == int(0.1 * batch.mask_BT.sum())
     assert not (whole_BT & ~batch.mask_BT).any()
     shards = prompt_shards(batch, 3)
@@ -159,13 +166,13 @@ def test_the_choice_is_that_of_the_whole_mini_batch_however_it_is_dealt_out(make
 
 
 def test_clip_cov_draws_anew_at_every_step_and_the_same_again(make_actor, batch):
-    actor, rows = make_actor(loss_mode="clip_cov"), np.arange(len(batch))
-    first_BT = actor._select_tokens(batch, rows, 1, 0)
-    assert np.array_equal(first_BT, actor._select_tokens(batch, rows, 1, 0))
+    actor = make_actor(loss_mode="clip_cov")
+    first_BT = selection(actor, batch)
+    assert np.array_equal(first_BT, selection(actor, batch))
     for step, number in ((2, 0), (1, 1)):
-        assert not np.array_equal(first_BT, actor._select_tokens(batch, rows, step, number))
+        assert not np.array_equal(first_BT, selection(actor, batch, step, number))
     other = make_actor(loss_mode="clip_cov", seed=1)
-    assert not np.array_equal(first_BT, other._select_tokens(batch, rows, 1, 0))
+    assert not np.array_equal(first_BT, selection(other, batch))
 
 
 def _gather_on(rank: int, port: int, results: Any) -> None:
