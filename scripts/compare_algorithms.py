@@ -1,13 +1,13 @@
 """Train the embedded agent with every advantage estimator and every policy loss, and say what each has reached.
 
-    python scripts/compare_algorithms.py                          all of them, 60 steps each: a table, and a PNG with the curves
+    python scripts/compare_algorithms.py                          all of them, 60 steps each: a table, and the curves as PNG
     python scripts/compare_algorithms.py --only gspo kl_cov       some of them
     python scripts/compare_algorithms.py --steps 20 --out /tmp/x  shorter, elsewhere
 
 Each is one run of `python -m agentlightning.verl` in a process of its own, with the overrides that the table names and the
 defaults for the rest; nothing is tuned for any of them. The losses are compared with two optimizer steps a batch, since in the
-first step the new policy is the old one and most losses are the same. A run that is there already is not run again. The figure is
-the share of right answers, also for gdpo, which is paid for their form as well.
+first step the new policy is the old one and most losses are the same. A run that is there already is not run again. The figure
+is the share of right answers, also for gdpo, which is paid for their form as well.
 
 The exit code is 1 if one of them has not come above the base, which answers about one in five of the training problems.
 """
@@ -97,10 +97,11 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"\n| kind | name | first {LAST} steps | last {LAST} of {given.steps} | overrides |\n|---|---|---|---|---|")
     for case, (first, last) in zip(cases, reached, strict=True):
         print(f"| {case.kind} | {case.name} | {first:.2f} | {last:.2f} | `{' '.join(case.overrides)}` |")
-    picture = given.out / "compare_algorithms.png"
-    picture.unlink(missing_ok=True)  # of an earlier comparison
-    plot_runs(list(runs.values()), picture)
-    print(f"\ncurves: {picture}")
+    for kind in dict.fromkeys(case.kind for case in cases):
+        picture = given.out / f"{kind}s.png"
+        picture.unlink(missing_ok=True)  # of an earlier comparison
+        plot_runs([run_dir for name, run_dir in runs.items() if name.startswith(f"{kind}: ")], picture)
+        print(f"curves: {picture}")
     below = [case.name for case, (_, last) in zip(cases, reached, strict=True) if last <= BASE]
     if below:
         print(f"not above the base ({BASE}): {', '.join(below)}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FILES = (METRICS_FILE,)  # all that is read of a run
 
 # Okabe and Ito's colours, which the colour-blind tell apart as well; further runs get other line styles.
+_LETTERS_AN_INCH, _LETTERS_OF_A_HANDLE = 15, 7  # of the legend's type
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _SPARSE = 0.5  # a metric logged at fewer of the steps (a validation) is drawn as points that are joined, and not smoothed
@@ -129,7 +130,9 @@ def _draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str
     ]
     if any(resumed_at(lines) for lines in runs.values()):
         handles.append(Line2D([], [], color="#555555", marker="^", linestyle="", markersize=8, label="resumed"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    legend_columns = max(1, min(4, len(handles), int(8 * columns * _LETTERS_AN_INCH) // (longest + _LETTERS_OF_A_HANDLE)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False, fontsize=9)
     figure.suptitle(f"lines: mean of the last {SMOOTHING_STEPS} steps", fontsize=9, color="#555555", x=0.99, ha="right")
     FigureCanvasAgg(figure).print_png(picture)
 
