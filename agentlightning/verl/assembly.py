@@ -1,13 +1,14 @@
 """From the checked configuration to running workers: which device, how many, and what each is told.
 
 Enters: a `Config`. Leaves: a `WorkerGroup` that has loaded its model. Ray comes up while torch, the tokenizer and the data
-load.
+load. On a cluster it also waits for places, and takes fewer where a node is gone for good.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ from agentlightning.errors import ConfigError
 from agentlightning.types import LoraShape, MicroBatches
 from agentlightning.verl.rules import check_world_size
 from agentlightning.verl.schema import Config
+from agentlightning.workers.cluster import Demand, room
 from agentlightning.workers.settings import (
     ActorSettings,
     CriticSettings,
@@ -25,21 +27,30 @@ from agentlightning.workers.settings import (
 )
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from agentlightning.workers.group import WorkerGroup
     from agentlightning.workers.ray_backend import RayWorkers
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How many workers, on what, with how many threads each."""
+    """How many workers, on what, with how many threads each. `per_node` of them share a node; None: wherever there is room."""
 
     world_size: int
     device: Literal["cpu", "cuda"]
     num_threads: int
+    per_node: int | None = None
+
+    @property
+    def demand(self) -> Demand:
+        """What that is to Ray."""
+        size = self.per_node or 1
+        return Demand(self.world_size // size, size, gpus=1 if self.device == "cuda" else 0, cpus=1)
 
 
-def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
-    """Workers for a cluster with `gpus` GPUs, whose nodes have `cores` CPU cores.
+def choose_placement(config: Config, gpus: int, cores: int, grows: bool = False) -> Placement:
+    """Workers for a cluster with `gpus` GPUs, whose nodes have `cores` CPU cores. One that `grows` may have them later.
 
     Raises `ConfigError` if more are asked for than there are.
     """
@@ -47,7 +58,8 @@ def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
     device = ("cuda" if gpus else "cpu") if trainer.device == "auto" else trainer.device
     if device == "cuda":
         asked = trainer.n_gpus_per_node * trainer.nnodes if trainer.n_gpus_per_node is not None else gpus
-        if gpus == 0 or asked > gpus:
+        may_come = grows and trainer.n_gpus_per_node is not None
+        if not may_come and (gpus == 0 or asked > gpus):
             raise ConfigError(
                 f"trainer.device=cuda with {asked or 1} GPUs was asked for and there are {gpus}: set "
                 "trainer.n_gpus_per_node and trainer.nnodes to what is there, or trainer.device=cpu"
@@ -63,20 +75,72 @@ def choose_placement(config: Config, gpus: int, cores: int) -> Placement:
             )
     check_world_size(config, asked)
     per_node = max(1, asked // trainer.nnodes)
-    return Placement(asked, device, trainer.num_threads or max(1, cores // per_node))
+    threads = trainer.num_threads or max(1, cores // per_node)
+    return Placement(asked, device, threads, trainer.n_gpus_per_node)
 
 
-def place_workers(config: Config, run_dir: Path, stop: Preemption) -> tuple[Placement, RayWorkers | None]:
-    """Decide how many workers, and with Ray start their processes, which begin to import at once. Ray is running already."""
+def place_workers(
+    config: Config, run_dir: Path, stop: Preemption, say: Callable[[str], None]
+) -> tuple[Placement, RayWorkers | None]:
+    """Decide how many workers, and with Ray start their processes, which begin to import at once. Ray is running already.
+
+    Waits for places if the cluster is busy or still grows; `say` hears for what.
+    """
     cores = os.cpu_count() or 1
     if config.trainer.backend == "inprocess":
         import torch
 
         return choose_placement(config, torch.cuda.device_count(), cores), None
-    from agentlightning.workers.ray_backend import RayWorkers, cluster_gpus
+    from agentlightning.workers.ray_backend import cluster_gpus, joins_cluster
+    from agentlightning.workers.ray_cluster import reserve
 
-    placement = choose_placement(config, cluster_gpus(), cores)
-    return placement, RayWorkers(placement.world_size, 1 if placement.device == "cuda" else 0, 1, run_dir / "logs", stop)
+    grows = joins_cluster(config.ray_kwargs.ray_init)
+    placement = choose_placement(config, cluster_gpus(), cores, grows)
+    group = reserve(placement.demand, stop, say, config.trainer.resources_timeout_s, grows)
+    return placement, _start_workers(config, placement, group, run_dir, stop)
+
+
+def place_workers_again(
+    config: Config, first: Placement, last: int, run_dir: Path, stop: Preemption, say: Callable[[str], None]
+) -> tuple[Placement, RayWorkers | None]:
+    """In the place of workers that are gone: as many as the run began with (`first`), or those that the cluster still has.
+
+    It waits `trainer.resize_timeout_s` for the first number, but not where a run that goes on with fewer (`last`) has waited
+    already and the cluster has not grown since.
+    """
+    if config.trainer.backend == "inprocess":
+        return place_workers(config, run_dir, stop, say)
+    from agentlightning.workers.ray_cluster import NotPlacedError, living_nodes, reserve, reserve_what_is_there
+
+    trainer, demand = config.trainer, first.demand
+    worth_waiting = last == first.world_size or room(demand, living_nodes()) >= demand.groups
+    try:
+        group = reserve(demand, stop, say, trainer.resize_timeout_s if worth_waiting else 0.0, grows=True)
+        return first, _start_workers(config, first, group, run_dir, stop)
+    except NotPlacedError:
+        demand, group = reserve_what_is_there(demand, max(1, first.world_size - 1), stop, say, trainer.resources_timeout_s)
+    placement = replace(first, world_size=demand.world_size, per_node=None)
+    if placement.world_size < first.world_size:
+        say(
+            f"going on with {placement.world_size} of {first.world_size} workers: the cluster had no room for all of them within "
+            f"{trainer.resize_timeout_s:g} s (trainer.resize_timeout_s)"
+        )
+    return placement, _start_workers(config, placement, group, run_dir, stop)
+
+
+def _start_workers(config: Config, placement: Placement, group: PlacementGroup, run_dir: Path, stop: Preemption) -> RayWorkers:
+    from agentlightning.workers.ray_backend import RayWorkers
+
+    demand = placement.demand
+    return RayWorkers(
+        placement.world_size,
+        demand.gpus,
+        demand.cpus,
+        run_dir / "logs",
+        stop,
+        group=(demand, group),
+        timeout_s=config.trainer.worker_timeout_s,
+    )
 
 
 def load_workers(

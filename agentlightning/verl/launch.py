@@ -29,7 +29,7 @@ from agentlightning.checkpoint.remote import is_url, mask
 from agentlightning.checkpoint.store import LoadedCheckpoint
 from agentlightning.errors import AgentLightningError, WorkerError
 from agentlightning.types import Prompt
-from agentlightning.verl.assembly import Placement, load_workers, place_workers
+from agentlightning.verl.assembly import Placement, load_workers, place_workers, place_workers_again
 from agentlightning.verl.console import Console, Summary, core_validation, make_console
 from agentlightning.verl.data import PromptDataset, load_prompts
 from agentlightning.verl.fingerprint import check_config, check_data, run_fingerprint
@@ -41,6 +41,7 @@ from agentlightning.verl.rules import derived_sizes, instant
 from agentlightning.verl.schema import Config
 from agentlightning.verl.state import logger_run_ids
 from agentlightning.verl.tracking import RUN_FILES, Tracking
+from agentlightning.workers.cluster import NodeDrained
 
 if TYPE_CHECKING:
     from agentlightning.verl.trainer import AgentLightningTrainer
@@ -123,7 +124,7 @@ def _run(
 ) -> int:
     run_dir = checkpoints.root
     console.phase("starting")
-    data, placement, workers = _load_data_while_ray_starts(config, run_dir, stop)
+    data, placement, workers = _load_data_while_ray_starts(config, run_dir, stop, console)
     stop.check()
     total_steps = config.trainer.total_training_steps or data.train.steps_per_epoch * config.trainer.total_epochs
     if loaded is not None and loaded.step >= total_steps and not config.trainer.val_only:
@@ -132,6 +133,7 @@ def _run(
     if loaded is not None:
         check_data(loaded, fingerprint)
     group = load_workers(config, placement, workers, total_steps, run_dir / LEASE_FILE, stop)
+    _tell_of_blind_nodes(workers, run_dir, console)
     if not config.trainer.val_only:
         _clear_the_way(checkpoints, config, console)
     tracking = _start_tracking(config, run_dir, loaded)
@@ -158,16 +160,26 @@ def _run(
         trainer.validate_only()
         group.close()
         return 0
-    exit_code = _fit(trainer)
+    exit_code = _fit(trainer, placement)
     console.done(_summary(trainer, run_dir, exit_code, time.monotonic() - started))
     return exit_code
 
 
-def _fit(trainer: AgentLightningTrainer) -> int:
+def _tell_of_blind_nodes(workers: RayWorkers | None, run_dir: Path, console: Console) -> None:
+    """A run directory that some nodes share is enough to save in; it is not what was meant."""
+    blind = workers.blind_nodes(run_dir / LEASE_FILE) if workers is not None else []
+    if blind:
+        console.warning(
+            f"{run_dir} is not shared with {', '.join(blind)}: workers there write no checkpoints, journals or logs into it; "
+            "mount a file system that all nodes share, and mend it with trainer.default_local_dir=DIR"
+        )
+
+
+def _fit(trainer: AgentLightningTrainer, placement: Placement) -> int:
     """Train, and end what was started, whatever happens."""
     exit_code, how = 1, "failed"
     try:
-        exit_code, how = _fit_through_deaths(trainer)
+        exit_code, how = _fit_through_deaths(trainer, placement)
     except Exception:
         _keep_what_is_finished(trainer)
         raise
@@ -192,17 +204,25 @@ def _keep_what_is_finished(trainer: AgentLightningTrainer) -> None:
         trainer.console.warning(str(error))
 
 
-def _fit_through_deaths(trainer: AgentLightningTrainer) -> tuple[int, Ending]:
-    """Train; workers that die are started again, a request to leave is answered by a save. The exit code, and how it went."""
+def _fit_through_deaths(trainer: AgentLightningTrainer, placement: Placement) -> tuple[int, Ending]:
+    """Train; workers that die are started again, a request to leave is answered by a save. The exit code, and how it went.
+
+    `placement` is how the run has begun. A node that is drained is left in time, which counts as no death.
+    """
     limit, deaths, alive = trainer.config.trainer.max_restarts, 0, True
     try:
         while True:
             try:
                 if not alive:
-                    _start_workers_again(trainer)
+                    _start_workers_again(trainer, placement)
                 alive = True
                 trainer.fit()
                 return 0, "finished"
+            except NodeDrained as notice:
+                alive = False
+                trainer.console.warning(f"{notice}; the workers are started again elsewhere")
+                _keep_what_is_finished(trainer)
+                trainer.settle()
             except WorkerError as error:
                 deaths, alive = deaths + 1, False
                 trainer.settle()
@@ -216,14 +236,16 @@ def _fit_through_deaths(trainer: AgentLightningTrainer) -> tuple[int, Ending]:
         return EXIT_CODE, "preempted"
 
 
-def _start_workers_again(trainer: AgentLightningTrainer) -> None:
-    """New workers in the place of those of which one died, at the last checkpoint."""
+def _start_workers_again(trainer: AgentLightningTrainer, first: Placement) -> None:
+    """New workers in the place of those of which one died, at the last checkpoint. `first` is how the run has begun."""
     config, checkpoints = trainer.config, trainer.checkpoints
     with _harmless("attempts.jsonl", trainer.console):
         checkpoints.history.worker_died()
     trainer.group.close()
     loaded = checkpoints.load_again()
-    placement, workers = place_workers(config, checkpoints.root, trainer.stop)
+    placement, workers = place_workers_again(
+        config, first, trainer.group.world_size, checkpoints.root, trainer.stop, trainer.console.note
+    )
     try:
         group = load_workers(config, placement, workers, trainer.total_steps, checkpoints.root / LEASE_FILE, trainer.stop)
     except BaseException:
@@ -324,7 +346,9 @@ def _already_complete(step: int, total_steps: int, run_dir: Path, console: Conso
     return 0
 
 
-def _load_data_while_ray_starts(config: Config, run_dir: Path, stop: Preemption) -> tuple[_Data, Placement, RayWorkers | None]:
+def _load_data_while_ray_starts(
+    config: Config, run_dir: Path, stop: Preemption, console: Console
+) -> tuple[_Data, Placement, RayWorkers | None]:
     """Ray must be started by the main thread (it looks at signals); what torch and the tokenizer need goes on beside it."""
     with ThreadPoolExecutor(max_workers=1) as executor:
         future = executor.submit(_load_data, config)
@@ -337,7 +361,7 @@ def _load_data_while_ray_starts(config: Config, run_dir: Path, stop: Preemption)
             stop.install()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         stop.check()
-        placement, workers = place_workers(config, run_dir, stop)
+        placement, workers = place_workers(config, run_dir, stop, console.note)
         return future.result(), placement, workers
 
 

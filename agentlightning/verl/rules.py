@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from agentlightning.types import LoraShape
 from agentlightning.verl.schema import Config, ModelConfig
 
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by which Ray tells the program of `ray job submit` what it was submitted with
+_RAY_PACKAGES = "runtime_resources"  # the folder of a Ray session in which submitted working directories are unpacked
 
 
 def check_rules(config: Config) -> None:
@@ -48,7 +50,23 @@ def check_paths(config: Config) -> None:
     if model.lora_adapter_path is not None:
         _check_adapter(Path(model.lora_adapter_path).expanduser(), model)
     if not is_url(config.trainer.default_local_dir):
+        check_job_directory(Path(config.trainer.default_local_dir), os.environ, Path.cwd())
         _check_run_dir(Path(config.trainer.default_local_dir))
+
+
+def check_job_directory(given: Path, environment: Mapping[str, str], cwd: Path) -> None:
+    """Under `ray job submit` the run directory must not lie in the copy of the working directory that Ray unpacks for one job.
+
+    Raises `ConfigError` for a relative path there, or one within any session's packages.
+    """
+    in_job = _RAY_JOB in environment or _RAY_PACKAGES in cwd.parts
+    if not in_job or (given.is_absolute() and _RAY_PACKAGES not in given.parts):
+        return
+    raise ConfigError(
+        f"trainer.default_local_dir: given {given}, which under `ray job submit` lies below {cwd}, a place of this job alone: "
+        "the same submit again would not find it; expected an absolute path that all nodes share, or a URL; mend it with "
+        f"trainer.default_local_dir=/shared/{given.name}"
+    )
 
 
 def _check_model_path(given: str) -> None:

@@ -330,6 +330,9 @@ class TrainerConfig(Section):
     max_run_seconds: Positive | None
     must_save_by: Text | Positive | None  # ISO 8601, or seconds since the epoch
     max_restarts: Natural
+    worker_timeout_s: Positive
+    resize_timeout_s: NonNegative
+    resources_timeout_s: Positive | None
 
 
 class RayKwargs(Section):

@@ -1,7 +1,7 @@
 """Workers as Ray actors in a placement group: one GPU each, or CPU processes.
 
-Enters: settings and a number of workers. Leaves: a `Backend`. A worker that fails ends the run with its own error: its own
-exception, or where the process died, the last lines it wrote.
+Enters: settings and a number of workers. Leaves: a `Backend`. A worker that fails ends the call with its own error: its own
+exception, or where the process died or fell silent, the last lines it wrote. No call waits for a worker that does not live.
 """
 
 from __future__ import annotations
@@ -12,29 +12,48 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from agentlightning.checkpoint.preemption import SIGNALS, Preemption
 from agentlightning.errors import AgentLightningError, ConfigError, WorkerError
+from agentlightning.workers.cluster import Demand, NodeDrained
+from agentlightning.workers.ray_cluster import (
+    ProcessId,
+    draining_nodes,
+    end_process,
+    mark_session,
+    own_session,
+    remove_session,
+    reserve,
+)
 
 _PLACEMENT_TIMEOUT_S = 60.0
 _LOG_LINES = 12
 _BESIDE = "beside"  # Ray's concurrency group for what must answer while a worker computes: saving, and signs of life
 _LOOK_S = 0.2  # how often a wait looks whether the run shall leave
 _PING_S = 10.0
+_NODES_S = 2.0  # how often a wait asks whether a node is about to leave
+_STACK_S = 3.0
+_STACK_FRAMES = 6
 _GRACE_S = 1.0
 _RAYS_NAMES = ("ray::", "raylet", "gcs_server")
+# What torch.distributed says where another process is gone, or has kept this one waiting for too long.
+_BROKEN_CONNECTION = ("gloo/transport", "ProcessGroupGloo", "ProcessGroupNCCL", "NCCL error", "c10d")
 
 
 class WorkerActor:
@@ -47,10 +66,13 @@ class WorkerActor:
         # Ray runs the creation in the main thread, and because there is a concurrency group the methods in others.
         # Threads that wait for each other must not burn the cores that other workers need. Read when torch is loaded, later.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        log = open(log_path, "a", buffering=1)  # noqa: SIM115 - it stays open as long as the process lives
-        os.dup2(log.fileno(), 2)
-        faulthandler.enable(log)
+        _use_interface_of(ray.util.get_node_ip_address())
+        if Path(log_path).parent.is_dir():  # otherwise this node does not see the run directory, which is told elsewhere
+            log = open(log_path, "a", buffering=1)  # noqa: SIM115 - it stays open as long as the process lives
+            os.dup2(log.fileno(), 2)
+            faulthandler.enable(log)
         self._signalled = _listen_for_signals()
+        self._calling: int | None = None  # the thread that computes
 
     def load_libraries(self) -> None:
         """Import what takes seconds while the controller is still busy with the data."""
@@ -66,10 +88,32 @@ class WorkerActor:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What that method of the worker says."""
+        self._calling = threading.get_ident()
         return getattr(self.worker, method)(*arguments)
+
+    def call_beside(self, method: str, *arguments: Any) -> Any:
+        """The same, from a thread beside."""
+        return getattr(self.worker, method)(*arguments)
+
+    def limit_collectives(self, seconds: float) -> None:
+        """What waits for another worker for longer raises."""
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        _set_pg_timeout(timedelta(seconds=seconds))
 
     def ping(self) -> None:
         """Answers if the process lives."""
+
+    def identity(self) -> ProcessId:
+        """Which process this is."""
+        return ProcessId.own()
+
+    def stack(self) -> str:
+        """Where the thread that computes is now."""
+        frame = sys._current_frames().get(self._calling or 0)
+        return (
+            "".join(traceback.format_stack(frame)[-_STACK_FRAMES:]) if frame is not None else "(it has computed nothing yet)\n"
+        )
 
     def wait_for_signal(self) -> int:
         """The number of the signal that this process was sent; waits until there is one."""
@@ -81,6 +125,13 @@ class WorkerActor:
         with closing(socket.socket()) as probe:
             probe.bind(("", 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
+
+
+def _use_interface_of(address: str) -> None:
+    """gloo would listen where the host's name points, which on many hosts is the loopback."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address == address for known in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _listen_for_signals() -> Future[int]:
@@ -107,10 +158,36 @@ def _listen_for_signals() -> Future[int]:
     return signalled
 
 
+class _SignsOfLife:
+    """Asks workers now and then whether they live: a busy one answers from a thread beside, a stopped one does not."""
+
+    def __init__(self, actors: Sequence[Any], timeout_s: float) -> None:
+        self.actors = actors
+        self.every_s = min(_PING_S, timeout_s / 4)
+        self.patience_s = timeout_s - self.every_s
+        self.asked: list[Any] = []
+        self.asked_at = time.monotonic()
+
+    def silent(self) -> list[int]:
+        """Ranks of those that have not answered for so long. The dead are found by whoever waits for their answer."""
+        now = time.monotonic()
+        if not self.asked:
+            if now - self.asked_at >= self.every_s:
+                self.asked, self.asked_at = [_beside(actor.ping).remote() for actor in self.actors], now
+            return []
+        _, late = ray.wait(self.asked, num_returns=len(self.asked), timeout=0)
+        if not late:
+            self.asked = []
+        elif now - self.asked_at >= self.patience_s:
+            return [rank for rank, reference in enumerate(self.asked) if reference in late]
+        return []
+
+
 class RayWorkers:
     """A group of worker processes. They start to import at once; `build` loads the model and waits for it.
 
-    `stop` is looked at while the controller waits, and told when a worker is sent a signal.
+    `stop` is looked at while the controller waits, and told when a worker is sent a signal, or this node is about to leave. A
+    worker that is silent for `timeout_s`, or waits so long for another one, ends the call as a dead one does.
     """
 
     def __init__(
@@ -121,24 +198,36 @@ class RayWorkers:
         log_dir: Path,
         stop: Preemption,
         process: type[WorkerActor] = WorkerActor,
+        group: tuple[Demand, PlacementGroup] | None = None,
+        timeout_s: float = 600.0,
     ) -> None:
+        """`group` is what was reserved for the workers; without it, places are reserved wherever there is room."""
         self.world_size = world_size
         self.stop = stop
+        self.timeout_s = timeout_s
         self.log_paths = [log_dir / f"worker_{rank}.log" for rank in range(world_size)]
         log_dir.mkdir(parents=True, exist_ok=True)
-        self.group = _reserve(world_size, gpus_per_worker, cpus_per_worker)
+        if group is None:
+            each = Demand(world_size, 1, gpus_per_worker, cpus_per_worker)
+            group = each, reserve(each, stop, lambda _: None, _PLACEMENT_TIMEOUT_S, grows=False)
+        demand, self.group = group
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self.nodes_at = time.monotonic()
         remote = ray.remote(  # pyright: ignore[reportCallIssue] - its stubs do not know concurrency groups
-            num_gpus=gpus_per_worker, num_cpus=cpus_per_worker, concurrency_groups={_BESIDE: 3}
+            num_gpus=gpus_per_worker, num_cpus=cpus_per_worker, concurrency_groups={_BESIDE: 4}
         )(process)
         self.actors: list[Any] = [
             remote.options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=rank // demand.size
+                ),
             ).remote(str(path))
             for rank, path in enumerate(self.log_paths)
         ]
+        self._identities = [_beside(actor.identity).remote() for actor in self.actors]
         for actor in self.actors:
             actor.load_libraries.remote()
-        signals = [actor.wait_for_signal.options(concurrency_group=_BESIDE).remote() for actor in self.actors]
+        signals = [_beside(actor.wait_for_signal).remote() for actor in self.actors]
         threading.Thread(target=self._hear_of_signals, args=(signals,), name="worker-signals", daemon=True).start()
 
     def build(self, settings: Any) -> None:
@@ -147,6 +236,7 @@ class RayWorkers:
         if self.world_size > 1:
             [address] = self._wait([self.actors[0].free_address.remote()])
             self.call("connect", [(rank, self.world_size, address) for rank in range(self.world_size)])
+            self._wait([actor.limit_collectives.remote(self.timeout_s) for actor in self.actors])
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """See `Backend`."""
@@ -158,18 +248,30 @@ class RayWorkers:
 
     def call_beside(self, method: str, ranks: Sequence[int], *arguments: Any) -> list[Any]:
         """See `Backend`. Not interrupted by `stop`: what is being saved is finished."""
-        beside = [self.actors[rank].call.options(concurrency_group=_BESIDE).remote(method, *arguments) for rank in ranks]
+        beside = [_beside(self.actors[rank].call_beside).remote(method, *arguments) for rank in ranks]
         try:
-            return ray.get(beside)
+            return self._answers(beside, lambda: None)
         except RayTaskError as error:
             raise _cause(error) from None
         except RayError as error:
             raise WorkerError(f"a worker died before its part was written: {_first_words(error)}") from None
 
+    def blind_nodes(self, witness: Path) -> list[str]:
+        """Addresses of the nodes of which no worker sees the file `witness` as it is here."""
+        text = witness.read_text(errors="replace")
+        sees = self.call("sees", [(str(witness), text)] * self.world_size)
+        nodes = [process.address for process in self._wait(self._identities)]
+        seeing = {node for node, saw in zip(nodes, sees, strict=True) if saw}
+        return sorted(set(nodes) - seeing)
+
     def close(self) -> None:
         """Kill the workers and give their resources back."""
         for actor in self.actors:
             ray.kill(actor)
+        for rank in range(self.world_size):
+            process = self._identity(rank)
+            if process is not None and process.node_id == self.node_id:  # Ray does not kill one that was stopped
+                end_process(process, self.node_id)
         remove_placement_group(self.group)
 
     def _hear_of_signals(self, signals: list[Any]) -> None:
@@ -185,14 +287,9 @@ class RayWorkers:
             raise
 
     def _wait(self, references: Sequence[Any]) -> list[Any]:
-        """The answers; looks at `stop` all the while. The first failure of any worker is raised at once."""
-        pending = list(references)
+        """The answers; looks at `stop` and at the nodes all the while. The first failure of any worker is raised at once."""
         try:
-            while pending:
-                ready, pending = ray.wait(pending, num_returns=1, timeout=_LOOK_S)
-                ray.get(ready)
-                self.stop.check()
-            return ray.get(list(references))
+            return self._answers(references, self._look_around)
         except RayTaskError as error:
             if not isinstance(error.cause, AgentLightningError):
                 self._demand_that_all_live(error)
@@ -200,14 +297,78 @@ class RayWorkers:
         except RayError as error:
             raise WorkerError(f"a worker died: {_first_words(error)}\n{self._last_words()}") from None
 
-    def _demand_that_all_live(self, error: RayTaskError) -> None:
-        """Raise `WorkerError` if one is dead: what another one says then (a broken connection) is not the cause."""
+    def _answers(self, references: Sequence[Any], look_around: Callable[[], None]) -> list[Any]:
+        """The answers, in order. `look_around` may end the wait; a worker that is silent for too long does."""
+        life, pending = _SignsOfLife(self.actors, self.timeout_s), list(references)
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=_LOOK_S)
+            ray.get(ready)
+            look_around()
+            silent = life.silent()
+            if silent:
+                raise self._gave_up_on(silent, f"no sign of life for {self.timeout_s:g} s (trainer.worker_timeout_s)")
+        return ray.get(list(references))
+
+    def _look_around(self) -> None:
+        """Leave if asked to, and tell of nodes that are about to go."""
+        self.stop.check()
+        now = time.monotonic()
+        if now - self.nodes_at < _NODES_S:
+            return
+        self.nodes_at = now
+        leaving = draining_nodes()
+        if self.node_id in leaving:
+            self.stop.request("this node is being drained")
+            return
+        for rank in range(self.world_size) if leaving else ():
+            process = self._identity(rank)
+            if process is not None and process.node_id in leaving:
+                by = leaving[process.node_id]
+                until = f" within {max(0.0, by - time.time()):.0f} s" if by is not None else ""
+                raise NodeDrained(f"node {process.address} is being drained{until}, and worker {rank} is there")
+
+    def _gave_up_on(self, silent: Sequence[int], why: str) -> WorkerError:
+        """End those workers, so that nothing else waits for them either; returns what to say."""
+        names = ", ".join(f"worker {rank} ({self._identity(rank) or 'it never started'})" for rank in silent)
+        stacks = self._stacks([rank for rank in range(self.world_size) if rank not in silent])
+        for rank in silent:
+            process = self._identity(rank)
+            if process is not None:
+                end_process(process, self.node_id)
+        return WorkerError(f"{names}: {why}\n{stacks}{self._last_words()}")
+
+    def _stacks(self, ranks: Sequence[int]) -> str:
+        """Where those workers are that still answer: what they wait in."""
+        asked = {_beside(self.actors[rank].stack).remote(): rank for rank in ranks[:4]}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_STACK_S) if asked else ([], [])
         try:
-            ray.get([actor.ping.options(concurrency_group=_BESIDE).remote() for actor in self.actors], timeout=_PING_S)
+            return "".join(f"worker {asked[answer]} is in:\n{ray.get(answer)}" for answer in ready)
+        except RayError:
+            return ""  # it has died too
+
+    def _demand_that_all_live(self, error: RayTaskError) -> None:
+        """Raise `WorkerError` if one is dead or silent: what another one says then (a broken connection) is not the cause."""
+        pings = [_beside(actor.ping).remote() for actor in self.actors]
+        ready, silent = ray.wait(pings, num_returns=len(pings), timeout=_PING_S)
+        if silent:
+            raise self._gave_up_on([pings.index(ping) for ping in silent], f"silent; another one says: {_first_words(error)}")
+        try:
+            ray.get(ready)
         except RayError as dead:
             raise WorkerError(
                 f"a worker died: {_first_words(dead)}; another one says: {_first_words(error)}\n{self._last_words()}"
             ) from None
+        if any(words in str(error) for words in _BROKEN_CONNECTION):
+            stacks = self._stacks(range(self.world_size))
+            raise WorkerError(f"the workers lost each other: {error}\n{stacks}{self._last_words()}") from None
+
+    def _identity(self, rank: int) -> ProcessId | None:
+        """Which process that worker is; None if it has not started."""
+        ready, _ = ray.wait([self._identities[rank]], timeout=0)
+        try:
+            return ray.get(ready[0]) if ready else None
+        except RayError:
+            return None
 
     def _last_words(self) -> str:
         """The ends of the workers' logs."""
@@ -218,12 +379,22 @@ class RayWorkers:
         return "\n".join(tails)
 
 
+def _beside(method: Any) -> Any:
+    """That method of an actor, in a thread beside the one that computes."""
+    return method.options(concurrency_group=_BESIDE)
+
+
+def joins_cluster(init: Mapping[str, Any]) -> bool:
+    """Whether `start_ray` joins a cluster that others have started, and that may grow."""
+    return bool(os.environ.get("RAY_ADDRESS")) or "address" in init
+
+
 def start_ray(init: Mapping[str, Any], cpus: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start a quiet one of our own that no other run on this machine touches."""
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS") or "address" in init:
-        ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **init})
+    if joins_cluster(init):
+        _join(init)
         return
     # Ray would run its workers at niceness 15: beside anything else on the machine they would get next to nothing.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -235,6 +406,18 @@ def start_ray(init: Mapping[str, Any], cpus: int) -> None:
         "log_to_driver": False,
     }
     ray.init(**{**defaults, **init})
+    mark_session(own_session())
+
+
+def _join(init: Mapping[str, Any]) -> None:
+    address = init["address"] if "address" in init else os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **init})
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {_first_words(error)}; start one with `ray start --head`, mend RAY_ADDRESS, "
+            "or unset it to run on this machine alone"
+        ) from error
 
 
 def leave_ray(timeout_s: float) -> bool:
@@ -244,6 +427,7 @@ def leave_ray(timeout_s: float) -> bool:
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this is not the main thread
     # A cluster that we joined is not among them.
     rays = [child for child in psutil.Process().children(recursive=True) if _is_rays(child)]
+    session = own_session()
     thread = threading.Thread(target=ray.shutdown, daemon=True)
     thread.start()
     thread.join(_GRACE_S)
@@ -251,34 +435,13 @@ def leave_ray(timeout_s: float) -> bool:
         with contextlib.suppress(psutil.Error):
             process.kill()
     thread.join(timeout_s)
+    remove_session(session)
     return not thread.is_alive()
 
 
 def cluster_gpus() -> int:
     """GPUs the cluster has."""
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def _reserve(world_size: int, gpus: int, cpus: int) -> PlacementGroup:
-    """A bundle a worker, packed by node. Raises `ConfigError` if the cluster has not so many."""
-    has = ray.cluster_resources()
-    needs = {"GPU": world_size * gpus, "CPU": world_size * cpus}
-    for kind, number in needs.items():
-        if number > has.get(kind, 0):
-            raise ConfigError(
-                f"{world_size} workers need {number} {kind}s, but the cluster has {int(has.get(kind, 0))}: set "
-                "trainer.n_gpus_per_node and trainer.nnodes to what is there, or leave trainer.n_gpus_per_node=null to take "
-                "what the cluster has"
-            )
-    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    group = placement_group([dict(bundle) for _ in range(world_size)], strategy="PACK")
-    if not group.wait(_PLACEMENT_TIMEOUT_S):
-        remove_placement_group(group)
-        raise ConfigError(
-            f"the cluster did not free {needs} within {_PLACEMENT_TIMEOUT_S:.0f} s; it has {dict(has)}: end other jobs, or "
-            "lower trainer.n_gpus_per_node"
-        )
-    return group
 
 
 def _cause(error: RayTaskError) -> BaseException:
