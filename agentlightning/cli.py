@@ -12,11 +12,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agentlightning import __version__
 from agentlightning.errors import AgentLightningError, UserError
 
+if TYPE_CHECKING:
+    from agentlightning.tinker.engine_api import LoraEngine
+
 _CHECKPOINT = "a path or URL (RUN/global_step_40, RUN/40, a record, or RUN for its newest); with --run also a step or a name"
+_API_KEY = "AGL_API_KEY"
 _INTERRUPTED = 130  # as a shell counts it
 
 
@@ -65,7 +70,30 @@ def _parser() -> argparse.ArgumentParser:
         "--metric", action="append", metavar="NAME", help="of metrics.jsonl; may be repeated (default: critic/score/mean)"
     )
     _finish(plot, _plot)
+    _add_serve(commands)
     return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser("serve", help="an HTTP service that the tinker SDK talks to; --status asks a running one")
+    serve.add_argument("--base-model", metavar="PATH_OR_NAME", help='a directory, a hub name, or "tiny", the embedded one')
+    serve.add_argument("--root", type=Path, metavar="DIR", help="where all its state lives; the same again goes on with it")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen at (default: %(default)s, this machine alone)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    serve.add_argument(
+        "--api-key",
+        action="append",
+        metavar="tml-...",
+        help=f"who may come in; may be repeated, one owner each (default: ${_API_KEY}, those of the last start, or a new one)",
+    )
+    serve.add_argument("--backend", choices=("inprocess", "ray"), default="inprocess", help="(default: %(default)s)")
+    serve.add_argument("--workers", type=int, default=1, metavar="N", help="with --backend ray: processes, one a GPU")
+    serve.add_argument("--max-body-mb", type=int, default=64, metavar="MB", help="larger requests are refused")
+    serve.add_argument("--status", action="store_true", help="show models, queue, speed and checkpoints of a running server")
+    serve.add_argument("--url", metavar="URL", help="with --status: of that server (default: http://HOST:PORT)")
+    _finish(serve, _serve)
 
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -199,4 +227,44 @@ def _plot(arguments: argparse.Namespace) -> int:
         plotted = plot_runs(roots, Path(arguments.out), arguments.metric or [SCORE])
         plotted = replace(plotted, runs=tuple(replace(run, path=places.shown(run.path)) for run in plotted.runs))
     (show_json if arguments.json else show_plotted)(plotted)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    keys = arguments.api_key or [os.environ[name] for name in (_API_KEY,) if name in os.environ]
+    if arguments.status:
+        return _serve_status(arguments, keys)
+    if arguments.base_model is None or arguments.root is None:
+        raise UserError("--base-model or --root is missing; expected both, like --base-model tiny --root ./serve")
+    try:
+        from agentlightning.tinker.server.serve import Settings, serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; expected the extra `serve`: pip install 'agentlightning[serve]'"
+        ) from error
+    from agentlightning.tools.console import show_serving
+
+    def engine() -> LoraEngine:
+        from agentlightning.tinker.engine import open_engine
+
+        return open_engine(arguments.base_model, backend=arguments.backend, workers=arguments.workers)
+
+    settings = Settings(
+        root=arguments.root.absolute(),
+        host=arguments.host,
+        port=arguments.port,
+        api_keys=keys,
+        max_body_mb=arguments.max_body_mb,
+    )
+    return serve(settings, engine, show_serving)
+
+
+def _serve_status(arguments: argparse.Namespace, keys: Sequence[str]) -> int:
+    from agentlightning.tinker.server.status import fetch_state
+    from agentlightning.tools.console import show_json, show_state
+
+    if not keys:
+        raise UserError(f"no key is given; expected one of the server's: --api-key KEY, or {_API_KEY}")
+    state = fetch_state(arguments.url or f"http://{arguments.host}:{arguments.port}", keys[0])
+    (show_json if arguments.json else show_state)(state)
     return 0

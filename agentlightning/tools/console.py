@@ -157,6 +157,31 @@ def show_plotted(plotted: Plotted) -> None:
     _print(plotted.picture)
 
 
+def show_serving(url: str, key: str | None) -> None:
+    """`agl serve`, before the first request. A key that was made is shown this once."""
+    _print(f"serving at {url}", f"  export TINKER_BASE_URL={url}")
+    if key is not None:
+        _print(f"  export TINKER_API_KEY={key}", "the key is shown this once, and holds at every later start without --api-key")
+    sys.stdout.flush()
+
+
+def show_state(state: Mapping[str, Any]) -> None:
+    """`agl serve --status`."""
+    queue, speed, kept = state["queue"], state["tokens_per_second"], state["checkpoints"]
+    _print(f"{state['base_model']}, agentlightning {state['version']}, up for {state['up_seconds']} s")
+    _print(f"waiting: {queue['training']} training requests, {queue['samples']} samples")
+    _print(f"tokens/s over the last minute: {speed['train']} training, {speed['sample']} sampling")
+    _print(f"memory: {size_text(state['memory']['resident_bytes'])}")
+    _print(f"checkpoints: {kept['count']}, {size_text(kept['bytes'])}")
+    if state["models"]:
+        table = _table("model", "rank", "requests", "saved", "in engine", "last request", right=("rank", "requests", "saved"))
+        for model in state["models"]:
+            held = "yes" if model["in_engine"] else "no"
+            cells = (str(model["rank"]), str(model["requests"]), str(model["saved"]), held, _when(model["last_request_at"]))
+            _add(table, model["id"], *cells)
+        _print(table)
+
+
 def show_diff(diff: Diff) -> None:
     """`agl ckpt diff`: a section for each kind of difference, and a line for each kind without one."""
     _print(f"A  {diff.a}", f"B  {diff.b}")

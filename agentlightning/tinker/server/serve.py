@@ -10,12 +10,14 @@ import asyncio
 import fcntl
 import logging
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import uvicorn
 
@@ -29,6 +31,7 @@ from agentlightning.tinker.server.keys import HideSecrets, Keys
 from agentlightning.tinker.server.service import Limits, Service
 from agentlightning.tinker.server.sweeper import Sweeper, remove_leftovers
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS_S = 5  # for replies that are on their way
 log = logging.getLogger(__name__)
 
@@ -46,19 +49,39 @@ class Settings:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which tells the service at the signal and not behind the last reply: the polls are to end first."""
+    """uvicorn's, which tells the service at the signal and not behind the last reply, because the polls are to end first, and
+    does not raise the signal again when all is done.
+    """
 
-    on_exit: Callable[[], object] | None = None
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], object], on_exit: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_start, self._on_exit = on_start, on_exit
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
-        if self.on_exit is not None:
-            self.on_exit()
-        super().handle_exit(sig, frame)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self._on_start()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the server."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._leave)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _leave(self) -> None:
+        log.info("asked to go: saving")
+        self.should_exit = True
+        self._on_exit()
 
 
 def serve(settings: Settings, open_engine: Callable[[], LoraEngine], announce: Callable[[str, str | None], object]) -> int:
-    """Runs until a signal; the exit code. `announce(url, key)` is called before the first request, with a key that was made.
+    """Runs until a signal; the exit code. `announce(url, key)` is called when it listens, with a key that was made.
 
     UserError for settings that cannot be: a port in use, a root that another server uses.
     """
@@ -90,11 +113,9 @@ async def _run(
     remove_leftovers(settings.root, service.registry)
     sweeper = Sweeper(service)
     config.app = make_app(service, sweeper)
-    server = _Server(config)
-    server.on_exit = service.closing.set
+    server = _Server(config, partial(announce, f"http://{settings.host}:{settings.port}", keys.made), service.closing.set)
     service.start()
     tasks = [asyncio.create_task(sweeper.run()), asyncio.create_task(_stop_with(service, server))]
-    announce(f"http://{settings.host}:{settings.port}", keys.made)
     try:
         await server.serve(sockets=[address])
     finally:

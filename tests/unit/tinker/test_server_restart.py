@@ -1,0 +1,226 @@
+"""A service that is killed loses nothing that it acknowledged: what it does after a restart is what it would have done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from serving import Client, forward_backward, output, serving
+
+from agentlightning.tinker.server.keeper import SavePolicy
+
+TARGETS = [[1, 2, 3], [4, 5], [1, 1, 6], [2, 9]]
+
+
+async def go_on(client: Client, steps: list[list[int]]) -> list[Any]:
+    return [
+        (output(trained).SerializeToString(deterministic=True), stepped)
+        for trained, stepped in [await client.step(t) for t in steps]
+    ]
+
+
+def take_over(client: Client, before: Client) -> None:
+    client.session, client.model, client.seq = before.session, before.model, before.seq
+
+
+async def undisturbed(root: Path) -> list[Any]:
+    async with serving(root) as client:
+        await client.open()
+        return await go_on(client, TARGETS)
+
+
+@pytest.mark.parametrize("policy", [None, SavePolicy(operations=2, seconds=1e9, cost_share=1e9)], ids=["replay", "saved"])
+def test_killed_between_any_two_steps(tmp_path: Path, policy: SavePolicy | None):
+    async def main():
+        expected = await undisturbed(tmp_path / "calm")
+        root, found = tmp_path / "killed", []
+        async with serving(root, kill=True, policy=policy) as client:
+            await client.open()
+            found += await go_on(client, TARGETS[:1])
+        for targets in TARGETS[1:]:
+            before = client
+            async with serving(root, kill=True, policy=policy) as client:
+                take_over(client, before)
+                found += await go_on(client, [targets])
+                loaded = [name for name, _ in client.engine.calls].count("load_state")
+        assert found == expected
+        assert loaded == (0 if policy is None else 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_killed_with_operations_that_wait_and_one_that_runs(tmp_path: Path):
+    """The forward_backward had run and its result was not yet fetched; the optim_step and a sample waited."""
+
+    async def main():
+        expected = await undisturbed(tmp_path / "calm")
+        root = tmp_path / "killed"
+        async with serving(root, kill=True) as client:
+            await client.open()
+            await client.snapshot(0)
+            calm = await client.result(await client.ask(f"{client.session}:sample:0", 7))
+            first = await client.forward_backward(TARGETS[0])
+            await client.service.registry.operations[first["request_id"]].done.wait()
+            client.engine.gate.clear()
+            second = await client.optim_step()
+            third = await client.forward_backward(TARGETS[1])
+            sample = await client.ask(f"{client.session}:sample:0", 8)
+            client.service.queue.close()
+            client.engine.fail_next = SystemExit("killed")  # the operation that runs gives no result
+            client.engine.gate.set()
+        async with serving(root) as again:
+            take_over(again, client)
+            results = [await again.result(future) for future in (first, second, third, sample)]
+            assert results[0] == expected[0][0]
+            assert results[1] == expected[0][1]
+            assert results[2] == expected[1][0]
+            assert isinstance(results[3], bytes)
+            assert await again.result(await again.ask(f"{client.session}:sample:0", 7)) == calm
+            assert [name for name, _ in again.engine.calls].count("optim_step") == 1
+            assert await again.result(await again.optim_step()) == expected[1][1]
+
+    asyncio.run(main())
+
+
+def test_an_answered_error_stays_one_and_a_fault_has_no_effect(tmp_path: Path):
+    async def main():
+        root = tmp_path / "killed"
+        async with serving(root, kill=True) as client:
+            await client.open()
+            await client.step([1, 2])
+            client.engine.fail_next = MemoryError("full")
+            lost = await client.forward_backward([7, 7, 7])
+            assert (await client.result(lost))["category"] == "server"
+            assert (await client.save("a/b"))["category"] == "user"
+            await client.step([3])
+            weights_V = client.engine.models[client.model].weights_V.tobytes()
+        async with serving(root) as again:
+            take_over(again, client)
+            assert (await again.result(lost))["category"] == "server"
+            await again.save("b")
+            assert again.engine.models[client.model].weights_V.tobytes() == weights_V
+
+    asyncio.run(main())
+
+
+def test_a_model_made_from_a_checkpoint_needs_it_no_more(tmp_path: Path):
+    async def main():
+        root = tmp_path / "killed"
+        async with serving(root, kill=True) as client:
+            await client.open(rank=2)
+            await client.step([1, 2])
+            await client.save("a")
+            path = f"tinker://{client.model}/weights/a"
+            body = {"session_id": client.session, "model_seq_id": 1, "path": path, "optimizer": True}
+            made = await client.result(await client.post("load_weights", body))
+            first = client.model
+            client.model, client.seq = made["model_id"], 0
+            assert client.model == f"{client.session}:train:1"
+            assert (await client.post("get_info", {"model_id": client.model}))["lora_rank"] == 2
+            await client.step([5])
+            await client.call("DELETE", f"training_runs/{first}/checkpoints/weights/a")
+            weights_V = client.engine.models[client.model].weights_V.tobytes()
+        async with serving(root) as again:
+            take_over(again, client)
+            await again.save("b")
+            assert again.engine.models[client.model].weights_V.tobytes() == weights_V
+
+    asyncio.run(main())
+
+
+def test_what_a_killed_process_began_is_removed_and_done_again(tmp_path: Path):
+    async def main():
+        async with serving(tmp_path, kill=True) as client:
+            await client.open()
+            await client.save("whole")
+            folder = tmp_path / "models" / client.model.replace(":", "-") / "weights"
+            (folder / "torn@2" / "state").mkdir(parents=True)
+            (folder.parent / "auto-9").mkdir()
+        async with serving(tmp_path) as again:
+            assert [path.name for path in folder.iterdir()] == ["whole@1"]
+            take_over(again, client)
+            assert "path" in await again.save("torn")
+
+    asyncio.run(main())
+
+
+def test_a_damaged_payload_is_an_error_and_not_another_gradient(tmp_path: Path):
+    async def main():
+        async with serving(tmp_path, kill=True) as client:
+            await client.open()
+            await client.step([1, 2, 3])
+        (segment,) = (tmp_path / "journal").glob("requests-*.seg")
+        raw = bytearray(segment.read_bytes())
+        raw[-40] ^= 1
+        segment.write_bytes(raw)
+        async with serving(tmp_path, kill=True) as again:
+            take_over(again, client)
+            failed = await again.result(await again.forward_backward([1]))
+            assert failed["category"] == "server"
+            assert "damaged" in failed["error"]
+
+    asyncio.run(main())
+
+
+def test_a_calm_end_saves_and_the_next_start_replays_nothing(tmp_path: Path):
+    async def main():
+        async with serving(tmp_path) as client:
+            await client.open()
+            await client.step([1, 2, 3])
+        assert client.engine.closed
+        async with serving(tmp_path) as again:
+            take_over(again, client)
+            await again.step([4])
+            assert [name for name, _ in again.engine.calls][:3] == ["create_model", "load_state", "forward_backward"]
+            assert (
+                len(list((tmp_path / "journal").glob("requests-*.seg"))) == 1
+            )  # the old one's payloads are covered by the save
+
+    asyncio.run(main())
+
+
+def test_a_closing_service_answers_polls_and_takes_nothing_new(tmp_path: Path):
+    async def main():
+        async with serving(tmp_path, FakeEngine()) as client:
+            await client.open()
+            client.engine.gate.clear()
+            future = await client.forward_backward([1])
+            poll = asyncio.create_task(client.call("POST", "retrieve_future", json={"request_id": future["request_id"]}))
+            await asyncio.sleep(0)
+            client.service.closing.set()
+            assert json.loads((await poll).content)["type"] == "try_again"
+            await client.post("forward_backward", forward_backward(client.model, 2, [1]), 503)
+            client.engine.gate.set()
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def main():
+        async with serving(tmp_path) as client:
+            await client.open()
+            monkeypatch.setattr("agentlightning.tinker.server.runner._RETRY_S", 0.01)
+            append, failures = client.service.journal.segments.append, [OSError(28, "No space left on device")] * 3
+
+            def full(blob):
+                if failures:
+                    raise failures.pop()
+                append(blob)
+
+            monkeypatch.setattr(client.service.journal.segments, "append", full)
+            body = forward_backward(client.model, 1, [1])
+            await client.post("forward_backward", body, 503)  # not acknowledged; the SDK sends it again
+            failures.clear()
+            client.engine.gate.clear()
+            future = await client.post("forward_backward", body)
+            failures.extend([OSError(28, "No space left on device")] * 3)
+            client.engine.gate.set()
+            assert isinstance(await client.result(future), bytes)
+            assert not failures
+
+    asyncio.run(main())
