@@ -9,7 +9,7 @@ workers gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,10 @@ from agentlightning.types import Batch, Completion, JournalSpec, Prompt, Samplin
 from agentlightning.workers.messages import ActorUpdate, LogProbs, MiniBatch, WorkerState
 from agentlightning.workers.settings import WorkerSettings
 from agentlightning.workers.shards import balanced_shards, prompt_shards, shards_of_workers
+
+# What the losses read; no other column of a batch is sent to the workers.
+ACTOR_COLUMNS = ("advantages", "old_log_probs", "ref_log_prob", "rollout_is_weights", "rollout_tokens")
+CRITIC_COLUMNS = ("values", "returns")
 
 
 class Backend(Protocol):
@@ -134,7 +138,8 @@ class WorkerGroup:
     def compute_values(self, batch: Batch) -> np.ndarray:
         """Values of the states before each response token, [B, T]."""
         shards = self._shards(batch)
-        answers = self._spread("compute_values", [(batch.rows(shard),) for shard in shards])
+        bare = _only(batch)
+        answers = self._spread("compute_values", [(bare.rows(shard),) for shard in shards])
         return _gather(answers, shards, batch, 0.0)
 
     def update_actor(
@@ -143,7 +148,7 @@ class WorkerGroup:
         """One optimizer step a mini-batch. Returns metrics, the mean over the steps, and the first pass's log-probs [B, T]."""
         shards = self._shards(batch)
         updates: list[ActorUpdate] = self._spread(
-            "update_actor", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards]
+            "update_actor", _work(_only(batch, ACTOR_COLUMNS), shards, mini_batches, training_step)
         )
         log_probs_BT = _gather([update.log_probs_BT for update in updates], shards, batch, np.nan)
         metrics = _reduce([update.metrics for update in updates])
@@ -154,9 +159,8 @@ class WorkerGroup:
     def update_critic(self, batch: Batch, mini_batches: Sequence[MiniBatch], training_step: int) -> dict[str, float]:
         """One optimizer step a mini-batch. Returns metrics, the mean over the steps."""
         shards = self._shards(batch)
-        return _reduce(
-            self._spread("update_critic", [(batch.rows(shard), _local(mini_batches, shard), training_step) for shard in shards])
-        )
+        work = _work(_only(batch, CRITIC_COLUMNS), shards, mini_batches, training_step)
+        return _reduce(self._spread("update_critic", work))
 
     def update_weights(self, version: int) -> None:
         """All engines sample from the present adapter from now on."""
@@ -216,7 +220,8 @@ class WorkerGroup:
 
     def _log_probs(self, method: str, batch: Batch, *more: Any) -> LogProbs:
         shards = self._shards(batch)
-        answers: list[LogProbs] = self._spread(method, [(batch.rows(shard), *more) for shard in shards])
+        bare = _only(batch)
+        answers: list[LogProbs] = self._spread(method, [(bare.rows(shard), *more) for shard in shards])
         log_probs_BT = _gather([answer.log_probs_BT for answer in answers], shards, batch, 0.0)
         squares = [answer.sum_pi_squared_BT for answer in answers if answer.sum_pi_squared_BT is not None]
         return LogProbs(
@@ -227,13 +232,31 @@ class WorkerGroup:
         )
 
 
-def _local(mini_batches: Sequence[MiniBatch], shard: np.ndarray) -> list[MiniBatch]:
-    """The mini-batches in terms of a shard's own rows; the counts stay those of all rows."""
-    rows = [shard, *(mini.rows for mini in mini_batches)]
-    place = np.full(1 + max(int(part.max(initial=-1)) for part in rows), -1, dtype=np.int64)
-    place[shard] = np.arange(len(shard))
-    places = [place[mini.rows] for mini in mini_batches]
-    return [MiniBatch(own[own >= 0], mini.denominators) for own, mini in zip(places, mini_batches, strict=True)]
+def _only(batch: Batch, names: Sequence[str] = ()) -> Batch:
+    """The batch without its other columns."""
+    return replace(batch, columns={name: column_BT for name, column_BT in batch.columns.items() if name in names})
+
+
+def _work(
+    batch: Batch, shards: Sequence[np.ndarray], mini_batches: Sequence[MiniBatch], training_step: int
+) -> list[tuple[Batch, list[MiniBatch], int]]:
+    """What each shard is to do in a training step."""
+    place_B = np.full((len(mini_batches), len(batch)), -1, dtype=np.int64)  # of each row, in each mini-batch
+    for place, mini in zip(place_B, mini_batches, strict=True):
+        place[mini.rows] = np.arange(len(mini.rows))
+    return [(batch.rows(shard), _local(mini_batches, place_B[:, shard]), training_step) for shard in shards]
+
+
+def _local(mini_batches: Sequence[MiniBatch], places: np.ndarray) -> list[MiniBatch]:
+    """The mini-batches in terms of a shard's own rows; the counts stay those of all rows.
+
+    `places` [mini-batch, row of the shard]: where in the mini-batch the row comes, -1 if it is not in it.
+    """
+    orders = np.argsort(places, axis=1)
+    outside = (places < 0).sum(axis=1)  # these come first in the order
+    return [
+        MiniBatch(order[count:], mini.denominators) for mini, order, count in zip(mini_batches, orders, outside, strict=True)
+    ]
 
 
 def _gather(parts: Sequence[np.ndarray], shards: Sequence[np.ndarray], batch: Batch, fill: float) -> np.ndarray:
