@@ -91,6 +91,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve.add_argument("--backend", choices=("inprocess", "ray"), default="inprocess", help="(default: %(default)s)")
     serve.add_argument("--workers", type=int, default=1, metavar="N", help="with --backend ray: processes, one a GPU")
     serve.add_argument("--max-body-mb", type=int, default=64, metavar="MB", help="larger requests are refused")
+    serve.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="sample one request at a time, so that no bit of a log-probability depends on who else samples; slower",
+    )
     serve.add_argument("--status", action="store_true", help="show models, queue, speed and checkpoints of a running server")
     serve.add_argument("--url", metavar="URL", help="with --status: of that server (default: http://HOST:PORT)")
     _finish(serve, _serve)
@@ -255,6 +260,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         port=arguments.port,
         api_keys=keys,
         max_body_mb=arguments.max_body_mb,
+        reproducible=arguments.reproducible,
     )
     return serve(settings, engine, show_serving)
 

@@ -25,8 +25,8 @@ from agentlightning.tinker.server.sweeper import Sweeper
 log = logging.getLogger(__name__)
 
 
-def make_app(service: Service, sweeper: Sweeper) -> ASGIApp:
-    """The door, and the routes behind it."""
+def make_app(service: Service, sweeper: Sweeper, body_bytes: int) -> ASGIApp:
+    """The door, which lets in no body of more than `body_bytes`, and the routes behind it."""
     app = FastAPI(title="agl serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(LoopRoutes(service).router())
     app.include_router(RestRoutes(service, sweeper).router())
@@ -37,7 +37,7 @@ def make_app(service: Service, sweeper: Sweeper) -> ASGIApp:
     app.add_exception_handler(404, _unknown_route)
     for kind in (ClosingError, sqlite3.Error, OSError):
         app.add_exception_handler(kind, _not_now)
-    return Door(app, service.keys, service.limits.body_bytes)
+    return Door(app, service.keys, body_bytes)
 
 
 async def _user_error(request: Request, error: Exception) -> JSONResponse:

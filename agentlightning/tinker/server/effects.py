@@ -176,7 +176,7 @@ class Effects:
             stream=f"{model.id.partition(':')[2]}@{operation.seq}",
             directory=str(directory.relative_to(self._root)),
             model_id=model.id,
-            created_at=now(),
+            used_at=now(),
         )
         self._registry.add(sampler)
         effect = json_effect(type="save_weights_for_sampler", path=None, sampling_session_id=sampler_id)

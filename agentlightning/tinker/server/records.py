@@ -64,7 +64,7 @@ class Sampler:
     model_path: str | None = None
     directory: str | None = None  # relative to the root
     model_id: str | None = None  # an unnamed snapshot's
-    created_at: str = ""
+    used_at: str = ""  # the last request, or the start of this process
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ what is durable. Anything else ends the thread, and with it the service: its nex
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 import threading
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from agentlightning.checkpoint.files import remove
+from agentlightning.checkpoint.manifest import digest
 from agentlightning.errors import AgentLightningError, UserError
 from agentlightning.tinker.engine_api import LoraEngine, SampleRequest
 from agentlightning.tinker.server import wire
@@ -70,6 +72,7 @@ class Runner:
         self._samplers: OrderedDict[str, None] = OrderedDict()  # in the engine, the longest unused first
         self._tokens: deque[tuple[float, str, int]] = deque()
         self.failed = False
+        self._unwritten: set[str] = set()  # requests with results that are on their way to the disk
         self._call_soon, self._on_end = call_soon, on_end
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -158,8 +161,13 @@ class Runner:
             time.sleep(_RETRY_S)
 
     def _save(self, save: Callable[[], None]) -> bool:
-        """A save that fails loses nothing: the operations are kept until one succeeds."""
+        """A save that fails loses nothing: the operations are kept until one succeeds. It must not overtake a result that could
+        not be written yet, or the operation would count as undone although the state holds it.
+        """
         try:
+            self._journal.write().result()
+            if self._unwritten:
+                return False
             save()
         except (*FAULTS, sqlite3.Error):
             log.exception("a model's state could not be saved; its operations are kept, and it is tried again")
@@ -202,11 +210,17 @@ class Runner:
             prompt=ModelInput([EncodedTextChunk(chunk.tokens) for chunk in body.prompt.chunks]),
             num_samples=body.num_samples,
             sampling_params=body.sampling_params.plain(),
-            stream=f"{self._registry.samplers[operation.owner_id].stream}/{operation.seq}",
+            stream=self._stream(operation, body),
             prompt_logprobs=bool(body.prompt_logprobs),
             topk_prompt_logprobs=body.topk_prompt_logprobs,
         )
         return request, body
+
+    def _stream(self, operation: Operation, body: Asample) -> str:
+        """With a seed, the same prompt gives the same completions again; without one, each request has draws of its own."""
+        if body.sampling_params.seed is not None:
+            return digest(json.dumps([chunk.tokens for chunk in body.prompt.chunks]).encode())
+        return f"{self._registry.samplers[operation.owner_id].stream}/{operation.seq}"
 
     def _load_sampler(self, sampler_id: str) -> None:
         if sampler_id in self._samplers:
@@ -243,6 +257,7 @@ class Runner:
         blob, finished_at = Blob("results", effect.body), time.time()
         operation.result_type, operation.result, operation.finished_at = effect.type, blob, finished_at
         changes = [*effect.changes, finish(operation, effect.type, blob, finished_at)]
+        self._unwritten.add(operation.request_id)
         if operation.kind == SAMPLE:
             changes.append(drop_payload([operation.request_id]))
 
@@ -254,6 +269,7 @@ class Runner:
                 timer.daemon = True
                 timer.start()
                 return
+            self._unwritten.discard(operation.request_id)
             if operation.kind == SAMPLE and operation.payload is not None:
                 self._journal.segments.release(operation.payload)
                 operation.payload = None

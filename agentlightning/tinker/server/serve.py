@@ -28,8 +28,9 @@ from agentlightning.tinker.server.app import make_app
 from agentlightning.tinker.server.journal import Journal
 from agentlightning.tinker.server.keeper import SavePolicy
 from agentlightning.tinker.server.keys import HideSecrets, Keys
-from agentlightning.tinker.server.service import Limits, Service
+from agentlightning.tinker.server.service import Service
 from agentlightning.tinker.server.sweeper import Sweeper, remove_leftovers
+from agentlightning.tinker.server.work_queue import MAX_BATCH
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS_S = 5  # for replies that are on their way
@@ -45,6 +46,7 @@ class Settings:
     port: int = 8000
     api_keys: Sequence[str] = ()
     max_body_mb: int = 64
+    reproducible: bool = False  # one sample request in a call of the engine: matrix products round otherwise in other company
     policy: SavePolicy = field(default_factory=SavePolicy)
 
 
@@ -109,10 +111,10 @@ async def _run(
     journal = Journal(settings.root)
     keys = Keys(journal, settings.api_keys)
     engine = await asyncio.to_thread(open_engine)
-    service = Service(engine, journal, keys, settings.root, settings.policy, Limits(settings.max_body_mb << 20))
+    service = Service(engine, journal, keys, settings.root, settings.policy, 1 if settings.reproducible else MAX_BATCH)
     remove_leftovers(settings.root, service.registry)
     sweeper = Sweeper(service)
-    config.app = make_app(service, sweeper)
+    config.app = make_app(service, sweeper, settings.max_body_mb << 20)
     server = _Server(config, partial(announce, f"http://{settings.host}:{settings.port}", keys.made), service.closing.set)
     service.start()
     tasks = [asyncio.create_task(sweeper.run()), asyncio.create_task(_stop_with(service, server))]

@@ -27,7 +27,7 @@ from agentlightning.tinker.server.records import SAMPLE, Blob, Model, Operation,
 from agentlightning.tinker.server.registry import NotFoundError, Registry
 from agentlightning.tinker.server.requests import Asample, CreateModel, CreateSampler, CreateSession, LoadWeights, OntoModel
 from agentlightning.tinker.server.runner import Runner
-from agentlightning.tinker.server.work_queue import WorkQueue
+from agentlightning.tinker.server.work_queue import MAX_BATCH, WorkQueue
 
 POLL_S = 25.0  # the SDK gives up a poll at 45 s
 SAMPLE_PREFIX = "sample-"
@@ -51,14 +51,6 @@ class Answer:
     body: bytes
 
 
-@dataclass(slots=True)
-class Limits:
-    """What one server takes."""
-
-    body_bytes: int = 64 << 20
-    waiting_operations: int = 100_000
-
-
 class Service:
     """Built inside the running event loop; `start`, then `close`."""
 
@@ -69,12 +61,14 @@ class Service:
         keys: Keys,
         root: Path,
         policy: SavePolicy | None = None,
-        limits: Limits | None = None,
+        max_batch: int = MAX_BATCH,
     ) -> None:
-        self.journal, self.keys, self.root, self.limits = journal, keys, root, limits or Limits()
+        self.journal, self.keys, self.root = journal, keys, root
         self.registry = Registry.of(journal.loaded)
+        for sampler in self.registry.samplers.values():
+            sampler.used_at = now()
         self.base: BaseModelInfo = engine.base_model()
-        self.queue = WorkQueue()
+        self.queue = WorkQueue(max_batch)
         self.closing, self.ended = asyncio.Event(), asyncio.Event()
         self.started_at = time.time()
         self._loop = asyncio.get_running_loop()
@@ -186,7 +180,7 @@ class Service:
     async def sample(self, owner: str, raw: bytes) -> tuple[Operation, int]:
         """The operation, and how many samples it asks for."""
         body = Asample.model_validate_json(raw)
-        self.registry.sampler(body.sampling_session_id, owner)
+        self.registry.sampler(body.sampling_session_id, owner).used_at = now()
         self._check_prompt(body)
         operation = await self._accept(owner, SAMPLE, body.sampling_session_id, body.seq_id, raw)
         return operation, body.num_samples
@@ -314,7 +308,7 @@ class Service:
             stream=self._stream(body),
             model_path=body.model_path,
             directory=directory,
-            created_at=now(),
+            used_at=now(),
         )
         self.registry.add(sampler)
         await self.keep(put(sampler))

@@ -24,6 +24,7 @@ EVERY_S = 30.0
 FETCHED_S = 600.0  # an answer is kept so long behind the first time it was fetched: the reply may have been lost
 UNFETCHED_S = 7 * 86400.0
 ASLEEP_S = 3600.0  # without a sign of life, a session's models leave the engine; the next request brings them back
+SNAPSHOTS, SNAPSHOT_S = 8, 3600.0  # a model's newest unnamed snapshots stay, older ones until they are unused for so long
 OVER_S = 3600.0  # so long behind its end, a session's snapshots go
 DEAD_S = 7 * 86400.0  # and so long without a sign of life
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Sweeper:
             log.info("%s: its time is over", checkpoint.id)
             await self.delete(checkpoint)
         await self._forget(self.forgettable(time.time()))
-        for sampler in self._over(moment):
+        for sampler in [*self._over(moment), *self.outdated(moment)]:
             await self._drop(sampler)
         for session in list(self._registry.sessions.values()):
             if _age(session.seen_at, moment) > ASLEEP_S:
@@ -122,6 +123,15 @@ class Sweeper:
             for sampler in list(self._registry.samplers.values())
             if self._is_over(self._registry.sessions[sampler.session_id], moment)
         ]
+
+    def outdated(self, moment: datetime) -> list[Sampler]:
+        """Snapshots that a loop made and has left behind: one a step would fill the disk."""
+        of_models: dict[str, list[Sampler]] = {}
+        for sampler in list(self._registry.samplers.values()):  # in the order in which they were made
+            if sampler.model_id is not None and not self._is_over(self._registry.sessions[sampler.session_id], moment):
+                of_models.setdefault(sampler.model_id, []).append(sampler)
+        older = [sampler for made in of_models.values() for sampler in made[:-SNAPSHOTS]]
+        return [sampler for sampler in older if _age(sampler.used_at, moment) > SNAPSHOT_S]
 
     def _is_over(self, session: Session, moment: datetime) -> bool:
         age = _age(session.seen_at, moment)

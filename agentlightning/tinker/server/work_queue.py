@@ -51,7 +51,8 @@ class _Line:
 class WorkQueue:
     """`add` and the like are called by any thread, `next` by the engine's."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_batch: int = MAX_BATCH) -> None:
+        self._max_batch = max_batch
         self._changed = threading.Condition()
         self._lines: dict[str, _Line] = {}
         self._ready: deque[str] = deque()  # models whose next operation is here
@@ -99,7 +100,7 @@ class WorkQueue:
                 return Train(self._take_training())
             if not self._samples:
                 return None
-            if not self._ready:
+            if not self._ready and self._max_batch > 1:
                 self._changed.wait_for(lambda: self._ready or self._closed, _WINDOW_S)
             self._training_turn = True
             return Sample(self._take_samples())
@@ -111,7 +112,7 @@ class WorkQueue:
 
     def _take_samples(self) -> list[Operation]:
         taken: list[Operation] = []
-        while self._samples and len(taken) < MAX_BATCH:
+        while self._samples and len(taken) < self._max_batch:
             sampler_id, waiting = next(iter(self._samples.items()))
             del self._samples[sampler_id]
             taken.append(waiting.popleft())

@@ -15,7 +15,7 @@ from agentlightning.tinker.server.app import make_app
 from agentlightning.tinker.server.journal import Journal
 from agentlightning.tinker.server.keeper import SavePolicy
 from agentlightning.tinker.server.keys import Keys
-from agentlightning.tinker.server.service import Limits, Service
+from agentlightning.tinker.server.service import Service
 from agentlightning.tinker.server.sweeper import Sweeper, remove_leftovers
 from agentlightning.tinker.server.wire import MESSAGES
 
@@ -108,11 +108,11 @@ async def serving(
     journal = Journal(root)
     keys = Keys(journal, [KEY, OTHER])
     engine = engine or FakeEngine()
-    service = Service(engine, journal, keys, root, policy or NEVER, Limits(body_bytes=1 << 20))
+    service = Service(engine, journal, keys, root, policy or NEVER)
     remove_leftovers(root, service.registry)
     sweeper = Sweeper(service)
     service.start()
-    transport = httpx.ASGITransport(make_app(service, sweeper), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(make_app(service, sweeper, 1 << 20), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers={"X-API-Key": key}) as http:
         try:
             yield Client(http, service, engine, sweeper)

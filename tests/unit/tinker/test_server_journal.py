@@ -115,3 +115,13 @@ def test_samplers_and_models_take_turns():
     assert queue.next_seq("m") == 3
     queue.close()
     assert queue.next(1) is None
+
+
+def test_a_reproducible_service_samples_one_request_at_a_time():
+    queue = WorkQueue(max_batch=1)
+    for seq in range(2):
+        queue.add(operation(seq, "sample", "s"))
+    for _ in range(2):
+        samples = queue.next(1)
+        assert isinstance(samples, Sample)
+        assert len(samples.operations) == 1

@@ -89,6 +89,21 @@ def test_weights_that_are_sampled_from_outlive_their_name(tmp_path: Path):
     run(tmp_path, test)
 
 
+def test_a_loops_old_snapshots_go_when_nobody_uses_them(tmp_path: Path):
+    async def test(client: Client):
+        await client.open()
+        for number in range(sweeping.SNAPSHOTS + 2):
+            await client.snapshot(number)
+        moment = datetime.now(UTC) + timedelta(seconds=sweeping.SNAPSHOT_S + 1)
+        first, second = (f"{client.session}:sample:{number}" for number in (0, 1))
+        assert [sampler.id for sampler in client.sweeper.outdated(moment)] == [first, second]
+        client.service.registry.samplers[first].used_at = moment.isoformat()
+        assert [sampler.id for sampler in client.sweeper.outdated(moment)] == [second]
+        assert client.sweeper.outdated(datetime.now(UTC)) == []
+
+    run(tmp_path, test)
+
+
 def test_fetched_answers_and_ended_sessions_are_forgotten(tmp_path: Path):
     async def test(client: Client):
         await client.open()
