@@ -56,8 +56,8 @@ class MiniBatchPlan:
 def make_batch(prompts: Sequence[Prompt], completions: Sequence[Completion], scores_B: np.ndarray) -> Batch:
     """The step's samples, with `rollout_log_probs` and with the score on the last token of each response
     (`token_level_scores`)."""
-    by_uid = {prompt.uid: prompt for prompt in prompts}
-    prompt_ids = [by_uid[completion.uid].token_ids for completion in completions]
+    ids_of = {prompt.uid: np.array(prompt.token_ids, dtype=np.int32) for prompt in prompts}  # once, not for each sample
+    prompt_ids = [ids_of[completion.uid] for completion in completions]
     response_len_B = np.array([len(completion.token_ids) for completion in completions], dtype=np.int32)
     scores_BT = np.zeros((len(completions), int(response_len_B.max())), dtype=np.float32)
     scores_BT[np.arange(len(completions)), response_len_B - 1] = scores_B
