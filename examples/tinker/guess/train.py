@@ -2,10 +2,10 @@
 
     python examples/tinker/guess/train.py
 
-The small base has never seen the game: it calls its calculator, and finds the number in a quarter of the games. It learns to say
-6 first, then 3, then a number on the right side of it, and finds five of seven (to halve what is left, 4 and then 2 or 6, would
-find all). About a minute of one core; killed and started again, it goes on from the last save. The last lines (share of games in
-which it was found; a number and what was guessed):
+The small base has never seen the game: it calls its calculator, and finds the number in a quarter of the games. It learns to
+say 6 first, then 3, then a number on the right side of it, and finds five of seven (to halve what is left, 4 and then 2 or 6,
+would find all). About a minute of one core; killed and started again, it goes on from the last save. The last lines (the share
+of games in which it was found; a number and what was guessed):
 
     batch 78/80  found 0.714  5: 6 3 5
     batch 79/80  found 0.714  5: 6 3 5
