@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from agentlightning.checkpoint.preemption import Preemption
 from agentlightning.errors import ConfigError
 from agentlightning.types import LoraShape, MicroBatches
-from agentlightning.verl.rules import check_world_size
+from agentlightning.verl.rules import check_world_size, logical_shards
 from agentlightning.verl.schema import Config
 from agentlightning.workers.cluster import Demand, room
 from agentlightning.workers.settings import (
@@ -122,7 +122,7 @@ def place_workers_again(
     placement = replace(first, world_size=demand.world_size, per_node=None)
     if placement.world_size < first.world_size:
         say(
-            f"going on with {placement.world_size} of {first.world_size} workers: the cluster had no room for all of them within "
+            f"going on with {placement.world_size} of {first.world_size} workers: no room for all of them within "
             f"{trainer.resize_timeout_s:g} s (trainer.resize_timeout_s)"
         )
     return placement, _start_workers(config, placement, group, run_dir, stop)
@@ -151,10 +151,10 @@ def load_workers(
 
     settings = worker_settings(config, placement, total_steps)
     if workers is None:
-        group = WorkerGroup(InProcess(settings, stop.check))
+        group = WorkerGroup(InProcess(settings, stop.check), settings.logical_shards)
     else:
         workers.build(settings)
-        group = WorkerGroup(workers)
+        group = WorkerGroup(workers, settings.logical_shards, decode_by_shard=not settings.decodes_steadily)
     group.choose_writers(witness)
     return group
 
@@ -187,6 +187,8 @@ def worker_settings(config: Config, placement: Placement, total_steps: int) -> W
         trust_remote_code=model.trust_remote_code,
         override_config=model.override_config,
         quantization=model.quantization,
+        logical_shards=logical_shards(config),
+        sharded_base=config.actor_rollout_ref.actor.strategy == "fsdp2" and placement.world_size > 1,
         lora_adapter_path=str(Path(start).expanduser().resolve()) if start is not None else None,
     )
 

@@ -253,6 +253,7 @@ def _start_workers_again(trainer: AgentLightningTrainer, first: Placement) -> No
             workers.close()
         raise
     checkpoints.go_on()
+    trainer.facts = _facts(config, placement, checkpoints.root)
     trainer.restart(group, loaded)
 
 

@@ -89,7 +89,10 @@ class WorkerActor:
     def call(self, method: str, *arguments: Any) -> Any:
         """What that method of the worker says."""
         self._calling = threading.get_ident()
-        return getattr(self.worker, method)(*arguments)
+        try:
+            return getattr(self.worker, method)(*arguments)
+        finally:
+            self._calling = None
 
     def call_beside(self, method: str, *arguments: Any) -> Any:
         """The same, from a thread beside."""
@@ -111,9 +114,7 @@ class WorkerActor:
     def stack(self) -> str:
         """Where the thread that computes is now."""
         frame = sys._current_frames().get(self._calling or 0)
-        return (
-            "".join(traceback.format_stack(frame)[-_STACK_FRAMES:]) if frame is not None else "(it has computed nothing yet)\n"
-        )
+        return "".join(traceback.format_stack(frame)[-_STACK_FRAMES:]) if frame is not None else "  (idle)\n"
 
     def wait_for_signal(self) -> int:
         """The number of the signal that this process was sent; waits until there is one."""
@@ -278,6 +279,8 @@ class RayWorkers:
         """Pass on the first signal that a worker is sent, for as long as the workers live."""
         try:
             [first], _ = ray.wait(signals, num_returns=1)
+            if not ray.is_initialized():
+                return  # `ray.get` would start another cluster
             self.stop.request(f"{signal.Signals(ray.get(first)).name} to a worker")
         except RayError:
             return  # they have gone: nobody is left to be signalled
@@ -459,4 +462,6 @@ def _is_rays(process: psutil.Process) -> bool:
 
 
 def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    """What it says in a line: of a worker's own exception not the traceback."""
+    said = f"{type(error.cause).__name__}: {error.cause}" if isinstance(error, RayTaskError) else str(error)
+    return " ".join(said.split())[:400]

@@ -73,12 +73,16 @@ class Run:
             "AGL_E2E_PLAN": str(self.plan),
             **self.environment,
         }
-        command = [sys.executable, "-m", "agentlightning.verl", *SMALL, "trainer.default_local_dir=run", *self.overrides, *more]
+        command = self.command(sys.executable, "run", *more)
         with (self.cwd / "stdout").open("wb") as out, (self.cwd / "stderr").open("wb") as err:
             self.process = subprocess.Popen(
                 command, cwd=self.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
         return self
+
+    def command(self, python: str, directory: str, *more: str) -> list[str]:
+        """The words of the command, for a run in `directory`."""
+        return [python, "-m", "agentlightning.verl", *SMALL, f"trainer.default_local_dir={directory}", *self.overrides, *more]
 
     def wait(self) -> int:
         """The exit code; minus the signal's number if one ended the process."""
