@@ -36,6 +36,7 @@ IDLE_S = 0.5
 MAX_SAMPLERS = 32  # in the engine; any other is brought back from its directory
 _RATE_WINDOW_S = 60.0
 _RETRY_S = 1.0
+_CLOSE_S = 15.0  # for the engine to end
 # What PyTorch, the file system and our own mistakes raise. Not `Exception`: what is not foreseen ends the service.
 FAULTS = (
     AgentLightningError,
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class Runner:
-    """`start`, then `close`. `on_end` is called when the thread ends; `failed` says whether it should not have."""
+    """`start`, then `close`. `on_end` is called when the thread ends; `saved` says whether that was as it should be."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Runner:
         self.keeper = Keeper(engine, registry, journal, self._effects, root, policy or SavePolicy())
         self._samplers: OrderedDict[str, None] = OrderedDict()  # in the engine, the longest unused first
         self._tokens: deque[tuple[float, str, int]] = deque()
-        self.failed = False
+        self.saved = threading.Event()  # it was told to go, and all is on the disk
         self._unwritten: set[str] = set()  # requests with results that are on their way to the disk
         self._call_soon, self._on_end = call_soon, on_end
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -87,9 +88,19 @@ class Runner:
         self._thread.start()
 
     def close(self) -> None:
-        """Finish what runs, save what can be, close the engine. What waits is done by the next start."""
+        """Finish what runs, save what can be, close the engine. What waits is done by the next start.
+
+        An engine that does not end, because its cluster went first, is left: all is saved by then.
+        """
         self._queue.close()
-        self._thread.join()
+        while self._thread.is_alive() and not self.saved.wait(_RETRY_S):
+            pass
+        self._thread.join(_CLOSE_S)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
 
     def rates(self) -> dict[str, float]:
         """Tokens a second over the last minute: `train`, `sample`."""
@@ -100,7 +111,6 @@ class Runner:
         }
 
     def _run(self) -> None:
-        self.failed = True
         try:
             while True:
                 work = self._queue.next(IDLE_S)
@@ -115,8 +125,8 @@ class Runner:
                 else:
                     self._save_idle()
             self._save_idle()
+            self.saved.set()
             self._engine.close()
-            self.failed = False
         finally:
             self._on_end()
 

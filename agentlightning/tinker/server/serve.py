@@ -125,7 +125,11 @@ async def _run(
         for task in tasks:
             task.cancel()
         await asyncio.to_thread(service.close)
-    return 1 if service.runner.failed else 0
+    code = 0 if service.runner.saved.is_set() else 1
+    if service.runner.is_running:
+        log.warning("the engine does not end; it is left as it is")
+        os._exit(code)  # else the interpreter would wait for it too
+    return code
 
 
 async def _stop_with(service: Service, server: uvicorn.Server) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -25,10 +26,22 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    for server in Server.started:
+        server.process.kill()
+        server.process.wait()
+    Server.started.clear()
+
+
 class Server:
     """`key` is what it printed, if it made one."""
 
+    started: ClassVar[list[Server]] = []
+
     def __init__(self, root: Path, port: int, *keys: str) -> None:
+        self.started.append(self)
         self.log = root.with_suffix(".log")
         command = [sys.executable, str(SCRIPT), str(root), str(port), *keys]
         with self.log.open("a") as log:
@@ -80,14 +93,12 @@ def test_a_process_that_is_killed_and_one_that_is_told_to_go(tmp_path: Path, cap
 def test_two_servers_do_not_share_a_root_or_a_port(tmp_path: Path):
     port = free_port()
     server = Server(tmp_path / "root", port, "tml-a-key")
-    try:
-        assert fetch_state(server.url, "tml-a-key")["base_model"] == "tiny"
-        for root, at in ((tmp_path / "root", free_port()), (tmp_path / "other", port)):
-            done = subprocess.run([sys.executable, str(SCRIPT), str(root), str(at)], capture_output=True, text=True, timeout=20)
-            assert done.returncode == 1
-            assert "UserError" in done.stderr
-    finally:
-        assert server.end(signal.SIGINT) == 0
+    assert fetch_state(server.url, "tml-a-key")["base_model"] == "tiny"
+    for root, at in ((tmp_path / "root", free_port()), (tmp_path / "other", port)):
+        done = subprocess.run([sys.executable, str(SCRIPT), str(root), str(at)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert "UserError" in done.stderr
+    assert server.end(signal.SIGINT) == 0
 
 
 @pytest.mark.parametrize(

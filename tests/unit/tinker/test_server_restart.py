@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,22 @@ def test_a_calm_end_saves_and_the_next_start_replays_nothing(tmp_path: Path):
             assert (
                 len(list((tmp_path / "journal").glob("requests-*.seg"))) == 1
             )  # the old one's payloads are covered by the save
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_does_not_end_is_left_when_all_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def main():
+        stuck = threading.Event()
+        monkeypatch.setattr("agentlightning.tinker.server.runner._CLOSE_S", 0.01)
+        async with serving(tmp_path) as client:
+            client.engine.close = lambda: stuck.wait(30)
+            await client.open()
+            await client.step([1])
+        assert client.service.runner.saved.is_set()
+        assert client.service.runner.is_running
+        assert list(tmp_path.glob("models/*/auto-2/state"))
+        stuck.set()
 
     asyncio.run(main())
 
