@@ -16,9 +16,12 @@ from agentlightning.checkpoint.fingerprint import compare_fingerprints
 from agentlightning.checkpoint.store import LoadedCheckpoint
 from agentlightning.errors import CheckpointError
 from agentlightning.verl.data import PromptDataset
+from agentlightning.verl.rules import logical_shards
 from agentlightning.verl.schema import Config, ModelConfig
 
 _DATA_DIGEST = "data.train_files"
+# Of actor_rollout_ref.actor: what changes no loss, and `optim`, which stands beside it.
+_NOT_THE_LOSS = {"optim", "ppo_micro_batch_size_per_gpu", "ppo_max_token_len_per_gpu", "strategy"}
 
 
 def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
     optim = actor.optim.model_dump(mode="json")
     if actor.optim.lr_scheduler_type != "constant":
         optim["total_training_steps"] = trainer.total_training_steps
-    losses = actor.model_dump(mode="json", exclude={"optim", "ppo_micro_batch_size_per_gpu", "ppo_max_token_len_per_gpu"})
+    losses = actor.model_dump(mode="json", exclude=_NOT_THE_LOSS)
     harmless = {
         "actor_rollout_ref.actor": losses | {"optim": optim},
         "actor_rollout_ref.rollout.n": config.actor_rollout_ref.rollout.n,
@@ -61,6 +64,7 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
         # Sums of floats differ with the number of threads: a run that goes on with another one is not the same to the last bit.
         "trainer.num_threads": trainer.num_threads or f"{os.cpu_count()} cores",
         "trainer.n_gpus_per_node": trainer.n_gpus_per_node,
+        **({"trainer.logical_shards": logical_shards(config)} if trainer.exact_elastic else {}),
     }
     return {"breaking": breaking, "harmless": harmless}
 

@@ -32,8 +32,32 @@ def check_rules(config: Config) -> None:
             raise ConfigError(complaint)
 
 
+def logical_shards(config: Config) -> int | None:
+    """How many logical shards a step is cut into; None where `trainer.exact_elastic` is off: then one for each worker."""
+    if not config.trainer.exact_elastic:
+        return None
+    return config.trainer.logical_shards or min(8, _largest_power_of_two(_prompts_of_a_mini_batch(config)))
+
+
+def _prompts_of_a_mini_batch(config: Config) -> int:
+    actor = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    return min(actor, config.critic.ppo_mini_batch_size) if config.uses_critic else actor
+
+
+def _largest_power_of_two(number: int) -> int:
+    """That is at most `number`."""
+    return 1 << (number.bit_length() - 1)
+
+
 def check_world_size(config: Config, world_size: int) -> None:
-    """Each of the `world_size` workers must find a prompt in a step."""
+    """Each of the `world_size` workers must find a prompt in a step, and a logical shard where there are any."""
+    shards = logical_shards(config)
+    if shards is not None and world_size > shards:
+        raise ConfigError(
+            f"trainer.logical_shards: {shards} for {world_size} workers, expected one each or more with "
+            f"trainer.exact_elastic=true; mend it with trainer.logical_shards={2 * _largest_power_of_two(world_size - 1)} "
+            "(another number changes the last bits once) or trainer.exact_elastic=false"
+        )
     prompts = config.data.train_batch_size
     if world_size > prompts:
         raise ConfigError(
@@ -171,11 +195,22 @@ def derived_sizes(config: Config, world_size: int) -> list[str]:
         f"per worker    {math.ceil(samples / world_size)} samples a step, {mini_per_worker} a mini-batch, "
         f"{_micro_batches(config, mini_per_worker)} ({world_size} worker(s))",
     ]
+    lines.append(f"last bits     {_last_bits(config)}")
     if config.uses_critic:
         critic = config.critic
         count = (prompts // critic.ppo_mini_batch_size) * critic.ppo_epochs
         lines.append(f"critic        {count} optimizer step(s) on mini-batches of {critic.ppo_mini_batch_size} prompts")
     return lines
+
+
+def _last_bits(config: Config) -> str:
+    """Whether they change with the number of workers."""
+    shards = logical_shards(config)
+    if shards is None:
+        return "may differ on another number of workers (trainer.exact_elastic=true: they do not)"
+    same = f"the same on 1 to {shards} workers ({shards} logical shards)"
+    threads = "" if config.trainer.num_threads is not None else ", on CPUs with the same trainer.num_threads"
+    return same + threads
 
 
 def optimizer_steps_per_step(config: Config) -> int:
@@ -212,6 +247,40 @@ _COMPARE_SAMPLES = (
     *("grpo", "grpo_passk", "gdpo", "rloo", "opo", "gpg"),
     *("reinforce_plus_plus_baseline", "optimal_token_baseline"),
 )
+
+
+def _logical_shards_fit(config: Config) -> str | None:
+    given, prompts, key = config.trainer.logical_shards, _prompts_of_a_mini_batch(config), "trainer.logical_shards"
+    if given is None:
+        return None
+    if not config.trainer.exact_elastic:
+        return (
+            f"{key}: given {given} with trainer.exact_elastic=false, which has none; mend it with trainer.exact_elastic=true, "
+            f"or {key}=null"
+        )
+    fitting = min(_largest_power_of_two(given), _largest_power_of_two(prompts))
+    if given != fitting:
+        return (
+            f"{key}: given {given}, expected a power of two of at most the {prompts} prompts of a mini-batch; mend it with "
+            f"{key}={fitting}"
+        )
+    return None
+
+
+def _sharded_base_is_plain(config: Config) -> str | None:
+    ref, key = config.actor_rollout_ref, "actor_rollout_ref.actor.strategy"
+    if ref.actor.strategy != "fsdp2":
+        return None
+    if config.trainer.backend == "inprocess":
+        return f"{key}: given fsdp2 with trainer.backend=inprocess, expected workers; mend it with {key}=replicated"
+    if ref.model.quantization is not None:
+        return f"{key}: given fsdp2 with a quantised base, expected a plain one; mend it with {key}=replicated"
+    if ref.rollout.merge_lora is True:
+        return (
+            f"actor_rollout_ref.rollout.merge_lora: given true with {key}=fsdp2, whose base takes no merge; mend it with "
+            "actor_rollout_ref.rollout.merge_lora=auto"
+        )
+    return None
 
 
 def _groups_are_groups(config: Config) -> str | None:
@@ -380,6 +449,8 @@ def _four_bits_stay_unmerged(config: Config) -> str | None:
 
 _RULES: tuple[Callable[[Config], str | None], ...] = (
     _mini_batches_divide,
+    _logical_shards_fit,
+    _sharded_base_is_plain,
     _groups_are_groups,
     _gdpo_has_rewards,
     _validation_alone_has_files,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from agentlightning.types import SamplingParams
 
@@ -20,6 +20,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+WhatIsThere = Annotated[Count | None, BeforeValidator(lambda given: None if given == "auto" else given)]  # auto is null
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -106,6 +107,7 @@ class PolicyLossConfig(Section):
 class ActorConfig(Section):
     """`actor_rollout_ref.actor`: the policy's loss and its batches."""
 
+    strategy: Literal["replicated", "fsdp2"]  # of the frozen base
     ppo_mini_batch_size: Count  # prompts an optimizer step
     ppo_micro_batch_size_per_gpu: Count  # samples
     use_dynamic_bsz: bool
@@ -310,7 +312,9 @@ class TrainerConfig(Section):
     rollout_data_dir: Text | None
     log_rollout_freq: Natural
     nnodes: Count
-    n_gpus_per_node: Count | None
+    n_gpus_per_node: WhatIsThere
+    exact_elastic: bool
+    logical_shards: Count | None
     device: Literal["auto", "cpu", "cuda"]
     backend: Literal["ray", "inprocess"]
     num_threads: Count | None

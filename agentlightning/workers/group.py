@@ -91,12 +91,14 @@ class SnapshotWriter:
 
 
 class WorkerGroup:
-    """What the trainer talks to. `logical_shards` must be that of the workers' settings."""
+    """What the trainer talks to. `logical_shards` must be that of the workers' settings; `decode_by_shard` where the bits of a
+    sample hang on those decoded beside it.
+    """
 
-    def __init__(self, backend: Backend, logical_shards: int | None = None) -> None:
+    def __init__(self, backend: Backend, logical_shards: int | None = None, decode_by_shard: bool = False) -> None:
         self.backend = backend
         self.world_size = backend.world_size
-        self.logical_shards = logical_shards
+        self.logical_shards, self.decode_by_shard = logical_shards, decode_by_shard
         self._writers: list[int] = [0]
 
     def generate(
@@ -114,10 +116,10 @@ class WorkerGroup:
         With a `journal`, those that finished before the run was killed are taken from it.
         """
         lengths = np.array([len(prompt.token_ids) for prompt in prompts])
-        shards = balanced_shards(lengths, self.logical_shards or self.world_size)
-        answers = self._spread(
-            "generate", [([prompts[i] for i in shard], params, seed, step, version, journal) for shard in shards]
-        )
+        parts = self.logical_shards if self.logical_shards is not None and self.decode_by_shard else None
+        shards = balanced_shards(lengths, parts or self.world_size)
+        arguments = [([prompts[i] for i in shard], params, seed, step, version, journal) for shard in shards]
+        answers = self.backend.call("generate", arguments) if parts is None else self._spread("generate", arguments)
         result: list[Completion | None] = [None] * (len(prompts) * params.n)
         for shard, completions in zip(shards, answers, strict=True):
             for place, prompt in enumerate(shard):

@@ -87,7 +87,13 @@ class WorkerSettings:
     override_config: Mapping[str, Any] = field(default_factory=dict)  # values of the model's own configuration
     quantization: Quantization | None = None
     logical_shards: int | None = None  # a power of two; None: one a worker, and the last bits hang on how many those are
+    sharded_base: bool = False  # the layers of the frozen base are spread over the workers (FSDP2)
     lora_adapter_path: str | None = None  # the actor starts from this adapter; the reference is the base without it
+
+    @property
+    def decodes_steadily(self) -> bool:
+        """Whether a sample's bits do not hang on those decoded beside it (`workers.steady`); elsewhere shards go one by one."""
+        return self.logical_shards is not None and self.device == "cpu" and self.num_threads == 1
 
 
 def load_policy_loss(loss_mode: str) -> PolicyLoss:

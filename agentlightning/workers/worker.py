@@ -33,6 +33,7 @@ from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs,
 from agentlightning.workers.optimizer import load_weights
 from agentlightning.workers.settings import WorkerSettings
 from agentlightning.workers.shards import ADAPTER_FILE, StateTensors, share_of_state
+from agentlightning.workers.steady import SteadyLoop
 
 
 def _nobody_asks() -> None:
@@ -66,7 +67,7 @@ class Worker:
         self.critic = (
             Critic(self.adapters, settings.critic, check, settings.logical_shards) if settings.critic is not None else None
         )
-        self.engine: Engine = DecodeLoop(
+        self.engine: Engine = (SteadyLoop if settings.decodes_steadily else DecodeLoop)(
             model=self.merged.model if self.merged is not None else self.adapters.base,
             renderer=ChatRenderer(tokenizer),
             max_num_seqs=settings.rollout.max_num_seqs,

@@ -1,0 +1,243 @@
+"""What bits that do not hang on the number of workers cost, and what a second worker gains.
+
+    python scripts/bench_elastic.py                        the embedded agent, 16 prompts x 8 samples, one thread a worker
+    python scripts/bench_elastic.py --model-shape 24m      a random Qwen3 of 24 M parameters
+    python scripts/bench_elastic.py --logical-shards 8     another number of shards (default: what a run would take)
+
+A step is rollouts, log-probabilities and the update, driven as `verl/trainer.py` does; rewards are a coin. One worker does it
+with the plain sum and with logical shards, in turns, so that a busy machine slows both alike; then one and two worker
+processes (gloo) do the update, in turns. Medians of seconds; `cpu` is CPU time, whose ratio is the one to look at on a
+machine that others use too. `--json` keeps the figures.
+
+Left out: rewards, checkpoints, validation, Ray's own cost of a call (a few milliseconds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_step import SHAPES, hash_score, save_random_base
+
+from agentlightning.models.chat import load_tokenizer
+from agentlightning.types import Batch
+from agentlightning.verl.assembly import Placement, worker_settings
+from agentlightning.verl.batching import MiniBatchPlan, make_batch
+from agentlightning.verl.config import load_config
+from agentlightning.verl.data import PromptDataset
+from agentlightning.verl.rules import logical_shards
+from agentlightning.verl.schema import Config
+from agentlightning.workers.group import InProcess, WorkerGroup
+from agentlightning.workers.settings import WorkerSettings
+
+PHASES = ("gen", "old_log_prob", "update_actor")
+
+
+class Bench:
+    """The data and settings of one shape; `step` runs one step on a group."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.data = PromptDataset.from_config(config.data, load_tokenizer(config.actor_rollout_ref.model.path))
+        actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+        self.plan = MiniBatchPlan(actor.ppo_mini_batch_size, rollout.n, 1, False, float(config.data.max_response_length))
+
+    def settings(self, shards: int | None) -> WorkerSettings:
+        """Of a worker on one thread."""
+        placement = Placement(world_size=1, device="cpu", num_threads=1)
+        return replace(worker_settings(self.config, placement, total_steps=1), logical_shards=shards)
+
+    def batch(self, group: WorkerGroup, step: int, version: int) -> Batch:
+        """Samples of the step, with advantages as a coin gives them."""
+        prompts = self.data.step_prompts(step)
+        completions = group.generate(prompts, self.config.train_sampling(), seed=1, step=step, version=version)
+        coin_B = np.array([hash_score("", completion.answer, "") for completion in completions], dtype=np.float32)
+        batch = make_batch(prompts, completions, coin_B)
+        advantages_BT = np.where(batch.mask_BT, (coin_B - coin_B.mean())[:, None], 0.0).astype(np.float32)
+        return batch.with_columns(advantages=advantages_BT, old_log_probs=batch.columns["rollout_log_probs"])
+
+    def update(self, group: WorkerGroup, batch: Batch, step: int) -> None:
+        """One optimizer step."""
+        group.update_actor(batch, self.plan.mini_batches(batch, 0, step), step)
+
+    def step(self, group: WorkerGroup, step: int) -> dict[str, tuple[float, float]]:
+        """Wall and CPU seconds of each phase. The weights stay those of version 0, so that each step is the same work."""
+        times = {}
+        clock = _Clock()
+        batch = self.batch(group, step, version=0)
+        times["gen"] = clock.lap()
+        group.compute_log_prob(batch)
+        times["old_log_prob"] = clock.lap()
+        self.update(group, batch, step)
+        times["update_actor"] = clock.lap()
+        return times
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.lap()
+
+    def lap(self) -> tuple[float, float]:
+        """Wall and CPU seconds since the last call."""
+        now = (time.perf_counter(), time.process_time())
+        before = getattr(self, "before", now)
+        self.before = now
+        return now[0] - before[0], now[1] - before[1]
+
+
+def cost_of_exactness(bench: Bench, shards: int, steps: int) -> dict[str, Any]:
+    """One worker in this process, plain and exact in turns."""
+    kinds: dict[str, int | None] = {"plain": None, "exact": shards}
+    groups = {kind: WorkerGroup(InProcess(bench.settings(count), lambda: None), count) for kind, count in kinds.items()}
+    times: dict[str, list[dict[str, tuple[float, float]]]] = {kind: [] for kind in kinds}
+    for step in range(1, steps + 2):
+        for kind in kinds if step % 2 else reversed(kinds):
+            measured = bench.step(groups[kind], step)
+            if step > 1:  # the first warms up
+                times[kind].append(measured)
+    report: dict[str, Any] = {"shards": shards}
+    for clock, name in enumerate(("wall_s", "cpu_s")):
+        rows = {
+            kind: {phase: statistics.median(one[phase][clock] for one in times[kind]) for phase in PHASES}
+            | {"step": statistics.median(sum(one[phase][clock] for phase in PHASES) for one in times[kind])}
+            for kind in kinds
+        }
+        report[name] = rows | {"ratio": {phase: rows["exact"][phase] / rows["plain"][phase] for phase in rows["plain"]}}
+    return report
+
+
+def _serve(pipe: Connection, settings: WorkerSettings, rank: int, world_size: int, rendezvous: str) -> None:
+    from agentlightning.workers.worker import Worker
+
+    worker = Worker(settings)
+    if world_size > 1:
+        worker.connect(rank, world_size, rendezvous)
+    pipe.send(None)
+    while True:
+        method, arguments = pipe.recv()
+        pipe.send(getattr(worker, method)(*arguments))
+
+
+class Processes:
+    """Worker processes of this machine: a `Backend`."""
+
+    def __init__(self, settings: WorkerSettings, world_size: int, work_dir: Path) -> None:
+        self.world_size = world_size
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
+        context = multiprocessing.get_context("spawn")
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            rendezvous = f"file://{work_dir}/rendezvous{world_size}"
+            process = context.Process(target=_serve, args=(theirs, settings, rank, world_size, rendezvous), daemon=True)
+            process.start()
+            self.pipes.append(mine)
+            self.processes.append(process)
+        for pipe in self.pipes:
+            pipe.recv()
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See `Backend`."""
+        for pipe, of_worker in zip(self.pipes, arguments, strict=True):
+            pipe.send((method, of_worker))
+        return [pipe.recv() for pipe in self.pipes]
+
+    def call_first(self, method: str, *arguments: Any) -> Any:
+        """See `Backend`."""
+        self.pipes[0].send((method, arguments))
+        return self.pipes[0].recv()
+
+    def call_beside(self, method: str, ranks: Sequence[int], *arguments: Any) -> list[Any]:
+        """See `Backend`."""
+        return [self.call_first(method, *arguments) for _ in ranks]
+
+    def close(self) -> None:
+        """See `Backend`."""
+        for process in self.processes:
+            process.kill()
+
+
+def gain_of_two(bench: Bench, shards: int, steps: int) -> dict[str, Any]:
+    """The update by one and by two worker processes, in turns, one thread each."""
+    with tempfile.TemporaryDirectory() as work:
+        backends = {count: Processes(bench.settings(shards), count, Path(work)) for count in (1, 2)}
+        groups = {count: WorkerGroup(backend, shards) for count, backend in backends.items()}
+        batches = [bench.batch(groups[1], step, version=0) for step in range(1, steps + 2)]
+        seconds: dict[int, list[float]] = {count: [] for count in groups}
+        loads: list[float] = []
+        for step, batch in enumerate(batches):
+            for count in groups if step % 2 else reversed(groups):
+                start = time.perf_counter()
+                bench.update(groups[count], batch, step + 1)
+                if step:
+                    seconds[count].append(time.perf_counter() - start)
+            loads.append(os.getloadavg()[0])
+        for backend in backends.values():
+            backend.close()
+    pairs = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    return {
+        "one_s": statistics.median(seconds[1]),
+        "two_s": statistics.median(seconds[2]),
+        "speedup": statistics.median(seconds[1]) / statistics.median(seconds[2]),
+        "speedup_of_pairs": [round(pair, 2) for pair in sorted(pairs)],
+        "load": statistics.mean(loads),
+    }
+
+
+def main() -> None:
+    """Bench and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", choices=[name for name in sorted(SHAPES) if name != "0.6b"], default="tiny")
+    parser.add_argument("--prompts", type=int, default=16, help="a step")
+    parser.add_argument("--samples", type=int, default=8, help="of each prompt")
+    parser.add_argument("--steps", type=int, default=6, help="measured")
+    parser.add_argument("--logical-shards", type=int, default=None)
+    parser.add_argument("--only", choices=("cost", "gain"), help="one of the two parts")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    shape = SHAPES[args.model_shape]
+    with tempfile.TemporaryDirectory() as work:
+        overrides = [
+            "trainer.backend=inprocess",
+            "trainer.exact_elastic=true",
+            *shape.overrides,
+            f"data.train_batch_size={args.prompts}",
+        ]
+        overrides.append(f"actor_rollout_ref.rollout.n={args.samples}")
+        if shape.random is not None:
+            save_random_base(shape.random, shape.mean_response, Path(work))
+            overrides.append(f"actor_rollout_ref.model.path={work}")
+        bench = Bench(load_config(overrides))
+        shards = args.logical_shards or logical_shards(bench.config) or 8
+        report: dict[str, Any] = {"model_shape": args.model_shape, "prompts": args.prompts, "samples": args.samples}
+        if args.only != "gain":
+            report["cost"] = cost = cost_of_exactness(bench, shards, args.steps)
+            print(
+                f"{args.model_shape}: {args.prompts} x {args.samples} samples, {shards} logical shards, one worker, one thread"
+            )
+            for clock in ("wall_s", "cpu_s"):
+                for kind, row in cost[clock].items():
+                    print(f"{clock:7}{kind:6}" + "".join(f"{phase:>14} {value:6.3f}" for phase, value in row.items()))
+        if args.only != "cost":
+            report["gain"] = gain = gain_of_two(bench, shards, args.steps)
+            print(
+                f"update_actor: one worker {gain['one_s']:.3f} s, two {gain['two_s']:.3f} s: {gain['speedup']:.2f} times "
+                f"as fast (pairs {gain['speedup_of_pairs']}, load {gain['load']:.1f} on {os.cpu_count()} cores)"
+            )
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
