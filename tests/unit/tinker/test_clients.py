@@ -156,19 +156,29 @@ def ask(sampler, *tokens, **params):
 
 def test_what_is_asked_for_before_anybody_waits_is_one_batch(toy, client):
     sampler = client.save_weights_and_get_sampling_client()
-    futures = [ask(sampler, i + 20) for i in range(30)]
+    futures = [ask(sampler, i + 20) for i in range(15)]
+    time.sleep(0.05)  # the engine's thread could begin, and must not
+    futures += [ask(sampler, i + 20) for i in range(15, 30)]
     assert futures[7].result(30).sequences[0].tokens == [27]
     assert [future.result(30).sequences[0].tokens for future in futures] == [[i + 20] for i in range(30)]
     assert [len(call[1]) for call in toy.calls] == [30]
 
 
-def test_tasks_of_an_event_loop_are_sampled_together(toy, client):
+def test_tasks_of_an_event_loop_are_sampled_together(toy, client, monkeypatch):
     sampler = client.save_weights_and_get_sampling_client()
+    sample_now, waiting = EngineThread._sample_now, []
+
+    def note(thread):
+        waiting.append(len(thread._samples))
+        sample_now(thread)
+
+    monkeypatch.setattr(EngineThread, "_sample_now", note)
 
     async def loop():
         await asyncio.gather(*(sampler.sample_async(ModelInput.from_ints([i + 20]), 1, SamplingParams()) for i in range(30)))
 
     asyncio.run(loop())
+    assert waiting[0] == 30  # when the first one began to wait
     assert [len(call[1]) for call in toy.calls] == [30]
 
 
