@@ -77,7 +77,7 @@ class TrainingClient(Ready):
         """The same with a loss of your own: `loss_fn(data, logprobs)` gives (loss, metrics).
 
         `logprobs` is a list of float32 tensors, one a datum, of its `target_tokens`' shape; `loss` a scalar that torch can
-        differentiate by them. It is called by the engine's thread, so it must not wait for this client; it costs a forward pass.
+        differentiate by them. It is called by the engine's thread, so it must not wait for this client; it adds a forward pass.
         """
         return self._engine.submit(partial(run_custom_loss, model_id=self.model_id, data=list(data), loss_fn=loss_fn))
 
