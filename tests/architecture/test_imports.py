@@ -213,6 +213,7 @@ def test_the_checks_see_the_whole_package():
         ("agentlightning.checkpoint", {"torch", "ray", "transformers"}),
         ("agentlightning.checkpoint_utils", {"torch", "ray", "numpy", "transformers", "asyncio"}),
         ("agentlightning.tinker.engine_api", {"torch", "ray", "transformers", "pydantic"}),
+        ("agentlightning.tinker.service_client", {"torch", "ray", "transformers", "pydantic"}),
         ("agentlightning.verl.entrypoint", {"torch", "ray", "transformers"}),
     ],
 )
