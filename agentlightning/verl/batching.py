@@ -103,12 +103,20 @@ def with_advantages(
         columns={name: column_BT[rows] for name, column_BT in columns.items()},
         details=details.tensors(rows),
     )
-    advantages_BT, returns_BT = torch.zeros_like(rewards_BT), torch.zeros_like(rewards_BT)
-    advantages_BT[rows], returns_BT[rows] = (part_BT.float() for part_BT in estimate(inputs))
+    advantages_BT, returns_BT = (part_BT.float().contiguous() for part_BT in estimate(inputs))
+    if details.scored_B is not None:
+        advantages_BT, returns_BT = (_spread(part_BT, rows, rewards_BT) for part_BT in (advantages_BT, returns_BT))
     batch = batch.with_columns(
         token_level_rewards=rewards_BT.numpy(), advantages=advantages_BT.numpy(), returns=returns_BT.numpy()
     )
     return batch, metrics
+
+
+def _spread(part_BT: Tensor, rows: slice | Tensor, like_BT: Tensor) -> Tensor:
+    """The rows in their places, zeros elsewhere."""
+    whole_BT = torch.zeros_like(like_BT)
+    whole_BT[rows] = part_BT
+    return whole_BT
 
 
 def check_algorithm(config: Config) -> None:
