@@ -132,7 +132,8 @@ class LoopRun:
 
 def run_loop(client_python: str, root: Path, steps: int, kills: int = 0, seed: int = 0) -> LoopRun:
     """The loop over a server that is killed `kills` times, or until the loop ends. RuntimeError if the client fails."""
-    server, out, began, done = ServeProcess(root), root.with_name(f"{root.name}.lines"), time.monotonic(), 0
+    server, out = ServeProcess(root, options=("--reproducible",)), root.with_name(f"{root.name}.lines")
+    began, done = time.monotonic(), 0
     server.start()
     server.wait_ready()
     said = root.with_name(f"{root.name}.client")

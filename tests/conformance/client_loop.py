@@ -2,9 +2,9 @@
 
     python client_loop.py STEPS OUT        with TINKER_BASE_URL and TINKER_API_KEY
 
-Each step: snapshot the weights, sample, score, forward_backward and optim_step (sent before the first is answered), save
-the state, and a line in OUT with all that was seen, floats to the last bit. One request is sampled at a time: what else is
-in a batch changes a log-probability by its last bits, and the lines are to be the same in every run.
+Each step: snapshot the weights, sample several prompts at a time, score, forward_backward and optim_step (sent before the first
+is answered), save the state, and a line in OUT with all that was seen, floats to the last bit. The lines are the same in every
+run if the server is `--reproducible`: else the company in a batch changes a log-probability by its last bits.
 """
 
 import json
@@ -20,15 +20,17 @@ DIGITS = "0123456789"
 
 def main(steps: int, out: str) -> None:
     service = tinker.ServiceClient()
-    training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7)
+    training = service.create_lora_training_client(base_model="tiny", rank=4, seed=7).result()
     tokenizer = training.get_tokenizer()
     with open(out, "w", encoding="utf-8") as lines:
         for step in range(steps):
             sampler = training.save_weights_and_get_sampling_client()
             seen, data = [], []
-            for number in range(PROMPTS):
-                prompt = tokenizer.encode(f"{step + 3} hats and {number + 2} more. How many now?", add_special_tokens=False)
-                samples = sample(sampler, prompt)
+            texts = [f"{step + 3} hats and {number + 2} more. How many now?" for number in range(PROMPTS)]
+            prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            answers = [sample(sampler, prompt) for prompt in prompts]
+            for prompt, answer in zip(prompts, answers, strict=True):
+                samples = list(answer.result().sequences)
                 seen.append([(s.tokens, [p.hex() for p in s.logprobs]) for s in samples])
                 data += scored(prompt, samples, tokenizer)
             gradient = training.forward_backward(data, loss_fn="importance_sampling")
@@ -41,10 +43,9 @@ def main(steps: int, out: str) -> None:
             lines.flush()
 
 
-def sample(sampler: tinker.SamplingClient, prompt: list[int]) -> list[types.SampledSequence]:
+def sample(sampler: tinker.SamplingClient, prompt: list[int]):
     params = types.SamplingParams(max_tokens=8, temperature=1.0)
-    response = sampler.sample(types.ModelInput.from_ints(prompt), num_samples=GROUP, sampling_params=params).result()
-    return list(response.sequences)
+    return sampler.sample(types.ModelInput.from_ints(prompt), num_samples=GROUP, sampling_params=params)
 
 
 def scored(prompt: list[int], samples: list[types.SampledSequence], tokenizer) -> list[types.Datum]:
