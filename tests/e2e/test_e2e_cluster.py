@@ -20,6 +20,9 @@ import psutil
 import pytest
 
 import agentlightning
+from agentlightning.checkpoint.preemption import Preemption
+from agentlightning.errors import WorkerError
+from agentlightning.workers.ray_backend import RayWorkers, WorkerActor, leave_ray, start_ray
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("cluster")]
 PATIENCE_S = 120.0
@@ -155,4 +158,57 @@ def test_a_worker_that_is_stopped_is_noticed_killed_and_started_again(new_run):
     assert run.steps == [1, 2, 3, 4, 5]
     assert [line["training/attempt"] for line in run.lines] == [1, 2, 2, 2, 2]
     run.leaves_nobody_behind()
+    assert run.process is not None
+    assert list(Path("/tmp/ray").glob(f"session_*_{run.process.pid}")) == []
     assert "Traceback" not in run.output
+
+
+def workers_that_only_meet(log_dir: Path, timeout_s: float) -> RayWorkers:
+    """Two workers without a model. Their classes are made here so that Ray sends them, and does not look for this file."""
+
+    class Meeting:
+        def connect(self, rank: int, world_size: int, address: str) -> None:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+
+        def meet(self, comes: bool) -> float:
+            import torch
+
+            if not comes:
+                time.sleep(60)
+            ones = torch.ones(1)
+            torch.distributed.all_reduce(ones)
+            return float(ones)
+
+        def break_down(self, how: str) -> None:
+            raise ValueError(how)
+
+    class MeetingActor(WorkerActor):
+        def load_libraries(self) -> None:
+            import torch.distributed
+
+            assert torch.distributed
+
+        def build(self, settings: object) -> None:
+            self.worker = Meeting()
+
+    workers = RayWorkers(2, 0, 1, log_dir, Preemption(), MeetingActor, timeout_s=timeout_s)
+    workers.build(None)
+    return workers
+
+
+def test_a_worker_that_keeps_another_one_waiting_is_given_up_and_shown(tmp_path):
+    start_ray({}, cpus=2)
+    try:
+        workers = workers_that_only_meet(tmp_path / "logs", timeout_s=3.0)
+        processes = [psutil.Process(workers._identity(rank).pid) for rank in (0, 1)]
+        assert workers.call("meet", [(True,), (True,)]) == [2.0, 2.0]
+        with pytest.raises(ValueError, match="of its own"):  # both live: it is the user's
+            workers.call("break_down", [("of its own",), ("of its own",)])
+        with pytest.raises(WorkerError, match=r"lost each other: [\s\S]*all_reduce[\s\S]*worker 1 is in:[\s\S]*in meet"):
+            workers.call("meet", [(True,), (False,)])
+        workers.close()
+        assert psutil.wait_procs(processes, timeout=10)[1] == []
+    finally:
+        assert leave_ray(10.0)
