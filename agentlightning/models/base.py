@@ -42,6 +42,11 @@ def resolve_dtype(dtype: DType, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
+def dtype_name(dtype: DType, device: torch.device) -> DType:
+    """The same with `auto` decided."""
+    return "bfloat16" if resolve_dtype(dtype, device) == torch.bfloat16 else "float32"
+
+
 def load_base(
     path: str,
     dtype: DType,

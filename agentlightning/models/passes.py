@@ -4,11 +4,14 @@ A prompt is run once for all its samples: its keys and values are kept, and the 
 With eight samples a prompt that is half of the work or less. Gradients are exact: what the responses' losses leave on the
 keys and values is carried back through the prompts at the end. Where gradient checkpointing is on, which cannot keep keys and
 values, whole rows are run instead.
+
+Where the base is sharded over several workers, a pass is something that all of them do together: who has no rows left runs a
+stand-in for as long as another one has some.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,25 +41,64 @@ class Pass:
         return x_N.new_zeros(self.micro.mask_BT.shape).index_put((self.row_N, self.column_N), x_N)
 
 
-def training_passes(model: PreTrainedModel, batch: Batch, rows: np.ndarray, sizes: MicroBatches) -> Iterator[Pass]:
+def training_passes(
+    model: PreTrainedModel,
+    batch: Batch,
+    rows: np.ndarray,
+    sizes: MicroBatches,
+    any_worker: Callable[[bool], bool] | None = None,
+) -> Iterator[Pass]:
     """Run `rows` of `batch`. Where gradients are on, call `backward` on each pass's loss before asking for the next one.
 
-    The order of the passes is by length, longest first, so that memory runs out at once or never.
+    The order of the passes is by length, longest first, so that memory runs out at once or never. `any_worker` is given where
+    the base is sharded: whether something is true on any of the workers. A stand-in's pass has no rows; its loss must be
+    carried back too.
     """
-    if model.training and torch.is_grad_enabled():
-        yield from _whole_rows(model, batch, rows, sizes)
+    together = any_worker is not None
+    any_worker = any_worker or bool
+    if model.training:  # only where activations are checkpointed: see `Adapters.use`
+        for part in _in_step(micro_batches(batch.total_len_B[rows], sizes), any_worker):
+            yield _whole_rows(model, batch, rows[part]) if part is not None else _stand_in(model, batch)
         return
     first_row = {batch.uids[row]: row for row in reversed(rows.tolist())}
     unique_U = np.array(list(first_row.values()), dtype=np.int64)
-    for prompt_rows_U in micro_batches(batch.prompt_len_B[unique_U], sizes):
-        prompts = _Prompts.run(model, batch.rows(unique_U[prompt_rows_U]))
-        place = {batch.uids[row]: place for place, row in enumerate(unique_U[prompt_rows_U])}
+    for prompt_rows_U in _in_step(micro_batches(batch.prompt_len_B[unique_U], sizes), any_worker):
+        mine_U = unique_U[prompt_rows_U] if prompt_rows_U is not None else unique_U[:0]
+        prompts = _Prompts.run(model, batch.rows(mine_U) if len(mine_U) else _one_token(batch))
+        place = {batch.uids[row]: place for place, row in enumerate(mine_U)}
         mine = np.array([row for row in rows if batch.uids[row] in place], dtype=np.int64)
-        for part in micro_batches(batch.response_len_B[mine], sizes):
+        for part in _in_step(micro_batches(batch.response_len_B[mine], sizes), any_worker):
+            if part is None:
+                states_BTH = _response_states(model, prompts, torch.zeros(1, dtype=torch.long), _one_token(batch), together)
+                yield make_pass(mine[:0], batch.rows([]), states_BTH.flatten(0, 1)[:0])
+                continue
             micro = batch.rows(mine[part])
             group_B = torch.tensor([place[uid] for uid in micro.uids], device=model.device)
-            yield make_pass(mine[part], micro, _trained(_response_states(model, prompts, group_B, micro), micro))
+            yield make_pass(mine[part], micro, _trained(_response_states(model, prompts, group_B, micro, together), micro))
         prompts.backward()
+
+
+def _in_step(parts: Iterable[np.ndarray], any_worker: Callable[[bool], bool]) -> Iterator[np.ndarray | None]:
+    """The parts, then None for as long as another worker still has some."""
+    mine = iter(parts)
+    while True:
+        part = next(mine, None)
+        if not any_worker(part is not None):
+            return
+        yield part
+
+
+def _one_token(batch: Batch) -> Batch:
+    """A sample with a prompt and a response of one token each, of which none is trained."""
+    one = np.ones(1, dtype=np.int32)
+    token = np.zeros((1, 1), dtype=np.int32)
+    return Batch(("",), token, one, token, one, np.zeros((1, 1), dtype=np.bool_), batch.adapter_version)
+
+
+def _stand_in(model: PreTrainedModel, batch: Batch) -> Pass:
+    """A pass of the model without rows."""
+    hidden_1LH = _decoder_pass(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), None)
+    return make_pass(np.empty(0, dtype=np.int64), batch.rows([]), hidden_1LH.flatten(0, 1)[:0])
 
 
 def micro_batches(length_B: np.ndarray, sizes: MicroBatches) -> list[np.ndarray]:
@@ -137,11 +179,15 @@ class _Continue(_Keep):
         return keys, torch.cat([self.prompt_values.index_select(0, self.group_B), value_states], dim=2)
 
 
-def _response_states(model: PreTrainedModel, prompts: _Prompts, group_B: torch.Tensor, micro: Batch) -> torch.Tensor:
-    """Hidden states [B, T, H]: that at t is the one before response token t."""
+def _response_states(
+    model: PreTrainedModel, prompts: _Prompts, group_B: torch.Tensor, micro: Batch, together: bool
+) -> torch.Tensor:
+    """Hidden states [B, T, H]: that at t is the one before response token t. `together`: the pass is run in any case."""
     *states, last_UH = prompts.leaves
+    group_B = group_B.to(last_UH.device)
     first_B1H = last_UH.index_select(0, group_B)[:, None]
-    width = micro.response_BT.shape[1] - 1
+    longest = micro.response_BT.shape[1]
+    width = max(longest - 1, 1) if together else longest - 1
     if width == 0:
         return first_B1H
     layers = [_Continue(keys, values, group_B) for keys, values in zip(states[::2], states[1::2], strict=True)]
@@ -160,21 +206,20 @@ def _response_states(model: PreTrainedModel, prompts: _Prompts, group_B: torch.T
     return torch.cat([first_B1H, hidden_BTH], dim=1)
 
 
-def _whole_rows(model: PreTrainedModel, batch: Batch, rows: np.ndarray, sizes: MicroBatches) -> Iterator[Pass]:
+def _whole_rows(model: PreTrainedModel, batch: Batch, rows: np.ndarray) -> Pass:
     """Prompt and response in one row, padded on the right: the causal mask alone keeps padding out."""
-    for part in micro_batches(batch.total_len_B[rows], sizes):
-        micro = batch.rows(rows[part])
-        width = int(micro.total_len_B.max())
-        input_BL = np.zeros((len(micro), width), dtype=np.int64)
-        for row in range(len(micro)):
-            prompt_len, response_len = micro.prompt_len_B[row], micro.response_len_B[row]
-            input_BL[row, :prompt_len] = micro.prompt_BP[row, :prompt_len]
-            input_BL[row, prompt_len : prompt_len + response_len] = micro.response_BT[row, :response_len]
-        hidden_BLH = _decoder_pass(model, torch.from_numpy(input_BL).to(model.device), None)
-        state_BT = micro.prompt_len_B[:, None] - 1 + np.arange(micro.response_BT.shape[1])
-        state_BT = torch.from_numpy(np.minimum(state_BT, width - 1).astype(np.int64)).to(model.device)
-        hidden_BTH = hidden_BLH.gather(1, state_BT[..., None].expand(-1, -1, hidden_BLH.shape[-1]))
-        yield make_pass(rows[part], micro, _trained(hidden_BTH, micro))
+    micro = batch.rows(rows)
+    width = int(micro.total_len_B.max())
+    input_BL = np.zeros((len(micro), width), dtype=np.int64)
+    for row in range(len(micro)):
+        prompt_len, response_len = micro.prompt_len_B[row], micro.response_len_B[row]
+        input_BL[row, :prompt_len] = micro.prompt_BP[row, :prompt_len]
+        input_BL[row, prompt_len : prompt_len + response_len] = micro.response_BT[row, :response_len]
+    hidden_BLH = _decoder_pass(model, torch.from_numpy(input_BL).to(model.device), None)
+    state_BT = micro.prompt_len_B[:, None] - 1 + np.arange(micro.response_BT.shape[1])
+    state_BT = torch.from_numpy(np.minimum(state_BT, width - 1).astype(np.int64)).to(model.device)
+    hidden_BTH = hidden_BLH.gather(1, state_BT[..., None].expand(-1, -1, hidden_BLH.shape[-1]))
+    return make_pass(rows, micro, _trained(hidden_BTH, micro))
 
 
 def _decoder_pass(model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache | None, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -184,7 +229,13 @@ def _decoder_pass(model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache 
 
 def _trained(hidden_BTH: torch.Tensor, micro: Batch) -> torch.Tensor:
     """The states before trained tokens, [N, H]."""
-    return hidden_BTH[torch.from_numpy(micro.mask_BT).to(hidden_BTH.device)]
+    mask_BT = torch.from_numpy(micro.mask_BT).to(hidden_BTH.device)
+    width = mask_BT.shape[1]
+    trained_NH = hidden_BTH[:, :width][mask_BT]
+    if hidden_BTH.shape[1] == width:
+        return trained_NH
+    # None of the states behind, but the way back to them: all workers must go it.
+    return torch.cat([trained_NH, hidden_BTH[:, width:].flatten(0, 1)[:0]])
 
 
 def make_pass(rows: np.ndarray, micro: Batch, hidden_NH: torch.Tensor) -> Pass:

@@ -58,6 +58,13 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"trainer.exact_elastic=true; mend it with trainer.logical_shards={2 * _largest_power_of_two(world_size - 1)} "
             "(another number changes the last bits once) or trainer.exact_elastic=false"
         )
+    if shards is not None and shards % world_size and config.actor_rollout_ref.actor.strategy == "fsdp2":
+        key = "actor_rollout_ref.actor.strategy"
+        raise ConfigError(
+            f"{key}: given fsdp2, whose workers run the same passes, with {world_size} workers for {shards} logical shards, "
+            f"expected a divisor; mend it with trainer.nnodes=1 trainer.n_gpus_per_node={_largest_power_of_two(world_size)} or "
+            "trainer.exact_elastic=false"
+        )
     prompts = config.data.train_batch_size
     if world_size > prompts:
         raise ConfigError(

@@ -45,6 +45,7 @@ class Actor:
         self.parameters = adapters.parameters[self.name]
         self.optimizer = NamedAdamW(self.parameters, settings.optim, logical_shards)
         self.policy_loss = load_policy_loss(settings.loss_mode)
+        self.any_worker: Callable[[bool], bool] | None = None  # where the base is sharded: see `training_passes`
 
     @torch.no_grad()
     def compute_log_prob(self, batch: Batch, with_squares: bool = False) -> LogProbs:
@@ -87,7 +88,7 @@ class Actor:
         batch, mini_batch = shard.batch, shard.mini_batches[number]
         rows = mini_batch.rows[self._can_move(batch, mini_batch.rows, selected_BT)]
         sums: dict[str, float] = {}
-        for run in training_passes(self.adapters.base, batch, rows, self.settings.micro_batch):
+        for run in training_passes(self.adapters.base, batch, rows, self.settings.micro_batch, self.any_worker):
             self.check()
             logp_BT = self._backward(run, mini_batch.denominators, selected_BT, sums)
             new = np.isnan(first_BT[run.rows, 0])
@@ -168,7 +169,7 @@ class Actor:
         result_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
         squares_BT = np.zeros_like(result_BT) if with_squares else None
         entropy_sum = 0.0
-        for run in training_passes(self.adapters.base, batch, rows, sizes):
+        for run in training_passes(self.adapters.base, batch, rows, sizes, self.any_worker):
             self.check()
             logp_N, entropy_N = self._log_probs_of(run, entropy_grad=False)
             logp_BT = run.scatter(logp_N).cpu().numpy()

@@ -39,7 +39,9 @@ class Critic:
     ) -> None:
         self.adapters, self.settings, self.check = adapters, settings, check
         self.adapter = self.name if settings.kind == "adapter" else Actor.name
-        self.head = ValueHead(adapters.base.config.hidden_size, adapters.base.device)
+        device = next(iter(adapters.parameters[self.adapter].values())).device
+        self.head = ValueHead(adapters.base.config.hidden_size, device)
+        self.any_worker: Callable[[bool], bool] | None = None  # where the base is sharded: see `training_passes`
         self.head_parameters = {f"value_head.{name}": parameter for name, parameter in self.head.named_parameters()}
         self.adapter_parameters: Mapping[str, nn.Parameter] = adapters.parameters.get(self.name, {})
         self.optimizer = NamedAdamW({**self.adapter_parameters, **self.head_parameters}, settings.optim, logical_shards)
@@ -49,7 +51,9 @@ class Critic:
         """Values float32 [B, T], zero where the mask is False."""
         self.adapters.use(self.adapter)
         values_BT = np.zeros(batch.response_BT.shape, dtype=np.float32)
-        for run in training_passes(self.adapters.base, batch, np.arange(len(batch)), self.settings.micro_batch):
+        for run in training_passes(
+            self.adapters.base, batch, np.arange(len(batch)), self.settings.micro_batch, self.any_worker
+        ):
             self.check()
             part_BT = run.scatter(self.head(run.hidden_NH)).cpu().numpy()
             values_BT[run.rows, : part_BT.shape[1]] = part_BT
@@ -79,7 +83,7 @@ class Critic:
         """Run a shard's part of mini-batch `number`, from its rows' `states` where they are known."""
         batch, mini_batch = shard.batch, shard.mini_batches[number]
         if states is None:
-            runs = training_passes(self.adapters.base, batch, mini_batch.rows, self.settings.micro_batch)
+            runs = training_passes(self.adapters.base, batch, mini_batch.rows, self.settings.micro_batch, self.any_worker)
         else:
             runs = _one_pass(batch, mini_batch.rows, states)
         sums: dict[str, float] = {}
@@ -92,7 +96,9 @@ class Critic:
     def _detached_states(self, batch: Batch) -> list[torch.Tensor]:
         """The actor's states [trained tokens, H] of each row."""
         states: list[torch.Tensor] = [torch.empty(0)] * len(batch)
-        for run in training_passes(self.adapters.base, batch, np.arange(len(batch)), self.settings.micro_batch):
+        for run in training_passes(
+            self.adapters.base, batch, np.arange(len(batch)), self.settings.micro_batch, self.any_worker
+        ):
             self.check()
             parts = run.hidden_NH.split(run.micro.mask_BT.sum(axis=1).tolist())
             for row, part in zip(run.rows, parts, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from agentlightning.checkpoint.manifest import FileEntry
 from agentlightning.checkpoint.snapshot import HostSnapshot
 from agentlightning.errors import ConfigError, StaleAdapterError, UserError
 from agentlightning.models.adapters import Adapters, MergedCopy
-from agentlightning.models.base import load_base
+from agentlightning.models.base import dtype_name, load_base
 from agentlightning.models.chat import ChatRenderer, check_vocabulary, load_tokenizer
 from agentlightning.rollout.engine import DecodeLoop, Engine, Tool
 from agentlightning.rollout.journal import RolloutJournal, adapter_digest, tool_digest
 from agentlightning.types import Batch, Completion, JournalSpec, LoraShape, Prompt, SamplingParams
 from agentlightning.workers.actor import Actor
 from agentlightning.workers.critic import Critic
+from agentlightning.workers.fsdp import ShardedBase
 from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs, MiniBatch, Shard, WorkerState
 from agentlightning.workers.optimizer import load_weights
 from agentlightning.workers.settings import WorkerSettings
@@ -48,10 +49,12 @@ class Worker:
         torch.set_num_threads(settings.num_threads)
         self.settings = settings
         self.device = torch.device(settings.device)
+        # A base that is to be sharded may not fit the device: its layers go there one by one, when the workers are connected.
+        where = torch.device("cpu") if settings.sharded_base else self.device
         base = load_base(
             settings.model_path,
-            settings.dtype,
-            self.device,
+            dtype_name(settings.dtype, self.device),
+            where,
             settings.gradient_checkpointing,
             trust_remote_code=settings.trust_remote_code,
             override_config=settings.override_config,
@@ -62,7 +65,11 @@ class Worker:
         plain = MergedCopy.plain_copy(base) if self._may_merge(base) else None
         starts = {Actor.name: settings.lora_adapter_path} if settings.lora_adapter_path is not None else {}
         self.adapters = Adapters(base, self._lora_shapes(), settings.seed, starts)
+        for parameters in self.adapters.parameters.values():
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(self.device)
         self.merged = self._merged(plain) if plain is not None else None
+        self.sharded: ShardedBase | None = None
         self.actor = Actor(self.adapters, settings.actor, check, settings.logical_shards)
         self.critic = (
             Critic(self.adapters, settings.critic, check, settings.logical_shards) if settings.critic is not None else None
@@ -82,6 +89,11 @@ class Worker:
         """Join the other workers: gradients are summed over them from now on. `address` is `tcp://host:port` of rank 0."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size)
+        if self.settings.sharded_base:
+            self.sharded = ShardedBase(self.adapters, self.device)
+            self.actor.any_worker = self.sharded.any_worker
+            if self.critic is not None:
+                self.critic.any_worker = self.sharded.any_worker
 
     def generate(
         self,
@@ -96,6 +108,18 @@ class Worker:
         if version != self.version:
             raise StaleAdapterError(f"asked for completions of adapter version {version}, but the engine holds {self.version}")
         self.adapters.use(Actor.name)
+        with self.sharded.gathered() if self.sharded is not None else nullcontext():
+            return self._generate(prompts, params, seed, step, version, journal)
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seed: int,
+        step: int,
+        version: int,
+        journal: JournalSpec | None,
+    ) -> list[Completion]:
         if journal is None:
             return self.engine.generate(prompts, params, seed, step, version)
         identity = {
@@ -163,6 +187,10 @@ class Worker:
         """PEFT's adapter_config.json of each adapter."""
         return {name: self.adapters.config_json(name) for name in self.adapters.parameters}
 
+    def base_is_sharded(self) -> bool:
+        """Whether a layer of the base holds but its part of the weights."""
+        return self.sharded is not None and self.sharded.holds_a_part()
+
     def snapshot(self, buffer: int, writer: int, writers: int) -> int:
         """Copy this worker's share of the state into host buffer `buffer`; returns its bytes. `writers=0` copies nothing."""
         snapshot = self.snapshots[buffer]
@@ -213,7 +241,9 @@ class Worker:
         return device, psutil.Process().memory_info().rss / 2**30
 
     def _may_merge(self, base: PreTrainedModel) -> bool:
-        """Whether the rollout is to decode on merged weights; by default where that is exact enough."""
+        """Whether the rollout is to decode on merged weights; by default where that is exact enough, and the base whole."""
+        if self.settings.sharded_base:
+            return False
         asked = self.settings.rollout.merge_lora
         return base.dtype == torch.float32 and self.settings.quantization is None if asked is None else asked
 

@@ -163,3 +163,21 @@ def test_the_tree_adds_in_pairs():
     pairs = [np.float32(1e8) + np.float32(1.0), np.float32(-1e8) + np.float32(1.0)]
     assert tree.total().tolist() == [float(pairs[0] + pairs[1]), 10.0]
     assert torch.equal(leaves[0], torch.tensor([1e8, 1.0])), "leaves are only read"
+
+
+@pytest.mark.parametrize(("case", "logical_shards"), [("adapter, clip_cov", SHARDS), ("head, kl_cov", None)])
+def test_a_sharded_base_gives_the_bits_of_a_whole_one(case, logical_shards, processes, base_path, prompts, tmp_path):
+    settings = settings_of(case, base_path, logical_shards)
+    settings = replace(
+        settings,
+        rollout=replace(settings.rollout, merge_lora=False),
+        gradient_checkpointing=logical_shards is None,  # whole rows instead of shared prompts
+    )
+    ends = []
+    for sharded in (False, True):
+        backend = processes.backend(replace(settings, sharded_base=sharded), 2, tmp_path / f"sharded{sharded}")
+        seen = train(WorkerGroup(backend, logical_shards), prompts[:10], critic=True)
+        ends.append((seen, bits(backend.call_first("state"))))
+        if sharded:
+            assert all(backend.call("base_is_sharded", [()] * 2))
+    assert ends[0] == ends[1]
