@@ -35,7 +35,7 @@ def global_denominators(mask_BT: Tensor, seq_norm: float, rollout_B: Tensor | No
     chosen_BT = mask_BT.bool()
     sequence_B = chosen_BT.any(dim=-1)
     rollouts = None if rollout_B is None else float(len(rollout_B[sequence_B].unique()))
-    return LossDenominators(float(chosen_BT.sum()), float(sequence_B.sum()), float(seq_norm), rollouts)
+    return LossDenominators(float(chosen_BT.count_nonzero()), float(sequence_B.count_nonzero()), float(seq_norm), rollouts)
 
 
 def tokens_of_rollouts(mask_BT: Tensor, rollout_B: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def masked_sum(x_BT: Tensor, mask_BT: Tensor, dim: int | None = None) -> Tensor:
 
 def masked_mean(x_BT: Tensor, mask_BT: Tensor, dim: int | None = None) -> Tensor:
     """Mean where the mask is true, over `dim` or over everything; 0 where nothing is."""
-    return masked_sum(x_BT, mask_BT, dim) / mask_BT.bool().sum(dim=dim).clamp(min=1)
+    return masked_sum(x_BT, mask_BT, dim) / mask_BT.count_nonzero(dim=dim).clamp(min=1)
 
 
 def masked_whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Tensor:
@@ -61,7 +61,7 @@ def masked_whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Ten
     With `shift_mean=False` the mean is put back. Zero outside the mask; a single value has no deviation and becomes the mean.
     """
     mean = masked_mean(x_BT, mask_BT)
-    freedom = (mask_BT.bool().sum() - 1).clamp(min=1)
+    freedom = (mask_BT.count_nonzero() - 1).clamp(min=1)
     variance = masked_sum((x_BT - mean).square(), mask_BT) / freedom
     whitened_BT = (x_BT - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:

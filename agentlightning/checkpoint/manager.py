@@ -100,6 +100,7 @@ class CheckpointManager:
         self._started_step = 0  # the last one that was resumed from, or of which a save was started
         self._durable_since = time.monotonic()
         self._auto = AutoInterval()
+        self._written_beside = False  # whether a save was being written during the last step
         made = missing_directories(self.root)
         self.mirror: Mirror | None = None
         self.lease = Lease(self.root)
@@ -176,7 +177,8 @@ class CheckpointManager:
 
     def observe(self, step_s: float, blocked_s: float | None) -> None:
         """What a step took, and for how long it was blocked by its save, if it had one: `save_freq=auto` learns from it."""
-        self._auto.observe_step(step_s, self._writer.busy)
+        self._auto.observe_step(step_s, self._written_beside)
+        self._written_beside = self._writer.busy  # beside the step that comes now
         if blocked_s is not None:
             self._auto.observe_save(blocked_s, self.last.seconds if self.last is not None else 0.0)
 
