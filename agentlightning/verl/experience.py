@@ -61,20 +61,24 @@ class Collector:
         """The experience of the step whose prompts begin at `position`."""
         scored, position, metrics, notes = self._groups(position, journal, timer)
         config, completions = self.config, scored.completions
-        penalty_B = overlong_penalties(completions, config.reward.overlong_buffer, config.data.max_response_length)
-        left_out_B = scored.rewards.masked_B
-        if config.algorithm.overlong_filtering:
-            left_out_B = left_out_B | truncated(completions)
+        penalty_B = self._penalties(completions)
+        greedy = self._greedy_rewards(scored.prompts, journal, timer) if config.algorithm.adv_estimator == "remax" else None
+        left_out_B, scored_B = self._left_out(scored), ~scored.rewards.masked_B
+        if greedy is not None:
+            metrics["reward/greedy/mean"] = float(greedy.score_B.mean())
+            notes = [*greedy.warnings, *notes]
+            lacks_baseline_B = np.repeat(greedy.masked_B, self.sampling.n)
+            left_out_B, scored_B = left_out_B | lacks_baseline_B, scored_B & ~lacks_baseline_B
         metrics |= _reward_metrics(scored.rewards, penalty_B if config.reward.overlong_buffer.enable else None)
         if left_out_B.any():
             metrics["training/samples_left_out"] = float(left_out_B.mean())
         return Experience(
             prompts=scored.prompts,
             completions=completions,
-            rewards=replace(scored.rewards, warnings=(*scored.rewards.warnings, *notes)),
+            rewards=replace(scored.rewards, warnings=tuple(dict.fromkeys([*scored.rewards.warnings, *notes]))),
             score_B=(scored.rewards.score_B + penalty_B).astype(np.float32),
             left_out_B=left_out_B,
-            details=self._details(scored, penalty_B, journal, timer, metrics),
+            details=self._details(scored, penalty_B, scored_B, greedy),
             metrics=metrics,
             position=position,
         )
@@ -102,11 +106,11 @@ class Collector:
             "training/filtered_prompts": float(len(dropped.prompts) - missing),
         }
         notes: list[str] = []
-        if missing:  # a batch of fewer prompts would change what a mini-batch is; these add nothing to the gradient
+        if missing:  # a batch of fewer prompts would change what a mini-batch is; these have no advantage in their group
             kept = _joined([kept, _rows(dropped, range(missing), self.sampling.n)])
             notes.append(
-                f"{missing} of {wanted} prompts of this step teach nothing: their samples score alike, as those of all others "
-                f"among {len(drawn)} drawn; see algorithm.filter_groups.max_num_gen_batches={settings.max_num_gen_batches}"
+                f"{missing} of {wanted} prompts of this step are some whose samples all score alike, as {len(dropped.prompts)} of "
+                f"{len(drawn)} drawn; see algorithm.filter_groups.max_num_gen_batches={settings.max_num_gen_batches}"
             )
         return kept, position, metrics, notes
 
@@ -119,23 +123,32 @@ class Collector:
             return _Scored(prompts, completions, self.score(prompts, completions))
 
     def _split(self, scored: _Scored) -> tuple[_Scored, _Scored]:
-        """The prompts whose samples differ in the metric, and the others."""
+        """The prompts whose samples differ in the metric, and the others. Samples without a reward differ from nothing; nor is
+        there anything to learn from a prompt of which no sample is trained on.
+        """
         n = self.sampling.n
-        metric_B = _metric(scored.rewards, self.config.algorithm.filter_groups.metric)
+        metric_GN = _metric(scored, self.config.algorithm.filter_groups.metric).reshape(-1, n)
+        masked_GN = scored.rewards.masked_B.reshape(-1, n)
+        one_with_reward_G1 = np.take_along_axis(metric_GN, masked_GN.argmin(axis=1)[:, None], axis=1)
+        metric_B = np.where(masked_GN, one_with_reward_G1, metric_GN).ravel()
         differs_G = informative_samples([completion.uid for completion in scored.completions], metric_B)[::n]
+        differs_G &= ~self._left_out(scored).reshape(-1, n).all(axis=1)
         return _rows(scored, np.flatnonzero(differs_G).tolist(), n), _rows(scored, np.flatnonzero(~differs_G).tolist(), n)
 
+    def _left_out(self, scored: _Scored) -> np.ndarray:
+        """Which samples are not to be trained on: those without a reward, and with overlong filtering those that were cut."""
+        cut_B = truncated(scored.completions) if self.config.algorithm.overlong_filtering else False
+        return scored.rewards.masked_B | cut_B
+
+    def _penalties(self, completions: Sequence[Completion]) -> np.ndarray:
+        return overlong_penalties(completions, self.config.reward.overlong_buffer, self.config.data.max_response_length)
+
     def _details(
-        self,
-        scored: _Scored,
-        penalty_B: np.ndarray,
-        journal: JournalSpec | None,
-        timer: Timer,
-        metrics: dict[str, float],
+        self, scored: _Scored, penalty_B: np.ndarray, scored_B: np.ndarray, greedy: RewardResult | None
     ) -> RewardDetails:
         """What the estimators ask for beside the scores."""
         rewards, reward = scored.rewards, self.config.reward
-        details = RewardDetails(scored_B=~rewards.masked_B if rewards.masked_B.any() else None)
+        details = RewardDetails(scored_B=None if scored_B.all() else scored_B)
         if rewards.components:
             # The punishment of long answers is one more reward: gdpo looks at each of them, and not at their sum.
             punished = reward.overlong_buffer.enable
@@ -145,18 +158,17 @@ class Collector:
                 components_KB=np.stack([*rewards.components.values(), *([penalty_B] if punished else [])]),
                 weights_K=np.array(weights, dtype=np.float32),
             )
-        if self.config.algorithm.adv_estimator == "remax":
-            greedy_G = self._greedy_scores(scored.prompts, journal, timer)
-            metrics["reward/greedy/mean"] = float(greedy_G.mean())
-            details = replace(details, baseline_B=np.repeat(greedy_G, self.sampling.n))
+        if greedy is not None:
+            details = replace(details, baseline_B=np.repeat(greedy.score_B, self.sampling.n))
         return details
 
-    def _greedy_scores(self, prompts: Sequence[Prompt], journal: JournalSpec | None, timer: Timer) -> np.ndarray:
-        """The score of the greedy answer to each prompt: ReMax's baseline."""
+    def _greedy_rewards(self, prompts: Sequence[Prompt], journal: JournalSpec | None, timer: Timer) -> RewardResult:
+        """Of the greedy answer to each prompt, whose score, with what a long answer costs, is ReMax's baseline."""
         with timer("gen"):
             answers = self.generate(prompts, replace(self.sampling, n=1, temperature=0.0), journal)
         with timer("reward"):
-            return self.score(prompts, answers).score_B
+            rewards = self.score(prompts, answers)
+        return replace(rewards, score_B=(rewards.score_B + self._penalties(answers)).astype(np.float32))
 
 
 def generations(prompts: Sequence[Prompt], completions: Sequence[Completion], rewards: RewardResult) -> list[GenerationSample]:
@@ -183,8 +195,10 @@ def _text(messages: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def _metric(rewards: RewardResult, name: str) -> np.ndarray:
-    if name == "score":
+def _metric(scored: _Scored, name: str) -> np.ndarray:
+    """The number by which dynamic sampling compares a prompt's samples, [B]; 0 for a sample without a reward."""
+    rewards = scored.rewards
+    if name == "score" or rewards.failed_B.all():  # then nothing else was reported
         return rewards.score_B
     known: dict[str, Any] = {**rewards.components, **rewards.extra}
     if name not in known:
@@ -192,7 +206,14 @@ def _metric(rewards: RewardResult, name: str) -> np.ndarray:
             f"algorithm.filter_groups.metric: given {name!r}, which the reward function does not report for every sample; it "
             f"reports {', '.join(known) or 'nothing beside the score'}; mend it with algorithm.filter_groups.metric=score"
         )
-    return np.asarray(known[name], dtype=np.float32)
+    metric_B = np.asarray(known[name], dtype=np.float32)
+    for completion, value in zip(scored.completions, metric_B, strict=True):
+        if not np.isfinite(value):
+            raise RewardError(
+                f"the reward function reported {name}={value} for sample {completion.sample_index} of {completion.uid}, by which "
+                "prompts are compared; mend the function, or set algorithm.filter_groups.metric=score"
+            )
+    return metric_B
 
 
 def _reward_metrics(rewards: RewardResult, penalty_B: np.ndarray | None) -> dict[str, float]:

@@ -111,7 +111,7 @@ def test_a_limit_of_batches_fills_up_with_what_was_drawn_and_says_so():
     got = collect(collector(model, FILTER, "algorithm.filter_groups.max_num_gen_batches=3"))
     assert len(model.asked) == 3
     assert [row_of(p.uid) for p in got.prompts] == [2, 0, 1, 3]
-    assert "3 of 4 prompts of this step teach nothing" in got.rewards.warnings[-1]
+    assert "3 of 4 prompts of this step are some whose samples all score alike, as 9 of 10 drawn" in got.rewards.warnings[-1]
     assert "max_num_gen_batches=3" in got.rewards.warnings[-1]
 
 
@@ -153,6 +153,71 @@ def test_samples_without_a_reward_are_left_out_and_told():
     assert got.details.scored_B.tolist() == [True, True, False, False, True, True, True, True]
     assert got.metrics["reward/failed"] == 0.25
     assert got.rewards.warnings == ("one warning",)
+
+
+class Judge(Model):
+    """Scores by (row, sample): `None` where there is no reward; the sample of a greedy answer is -1. Reports `acc` where there
+    is one."""
+
+    def __init__(self, scores, on_error="mask", **more):
+        super().__init__(**more)
+        self.scores, self.on_error = scores, on_error
+
+    def score(self, prompts, completions):
+        found = [self.scores.get((row_of(c.uid), c.sample_index), float(c.sample_index)) for c in completions]
+        failed_B = np.array([score is None for score in found])
+        return RewardResult(
+            score_B=np.array([score or 0.0 for score in found], np.float32),
+            extra={} if failed_B.all() else {"acc": [score or 0.0 for score in found]},
+            components={},
+            failed_B=failed_B,
+            masked_B=failed_B if self.on_error == "mask" else np.zeros_like(failed_B),
+            warnings=(f"{int(failed_B.sum())} failed",) if failed_B.any() else (),
+        )
+
+
+def test_a_sample_without_a_reward_makes_no_prompt_informative():
+    # Rows 0 and 1 each have one score and one failure; the failure's 0 is no score to differ from.
+    got = collect(collector(Judge({(0, 0): None, (0, 1): 1.0, (1, 0): 1.0, (1, 1): None}), FILTER))
+    assert [row_of(p.uid) for p in got.prompts] == [2, 3, 4, 5]
+    zero = collect(collector(Judge({(0, 0): None, (0, 1): 1.0}, on_error="zero"), FILTER))
+    assert [row_of(p.uid) for p in zero.prompts] == [0, 1, 2, 3]
+
+
+def test_a_prompt_whose_answers_were_all_cut_is_replaced_where_those_are_not_trained_on():
+    limit = "algorithm.filter_groups.max_num_gen_batches=2"
+    model = Model(stop_reason="length")
+    assert collect(collector(model, FILTER, limit)).metrics["training/filtered_prompts"] == 0
+    filtered = collect(collector(model, FILTER, limit, "algorithm.overlong_filtering=true"))
+    assert filtered.metrics["training/filtered_prompts"] == 4
+
+
+def test_a_round_without_any_reward_does_not_end_a_run_that_goes_on_without():
+    failing = Judge({(row, i): None for row in range(4) for i in range(N)}, on_error="zero")
+    got = collect(collector(failing, FILTER, "algorithm.filter_groups.metric=acc"))
+    assert [row_of(p.uid) for p in got.prompts] == [4, 5, 6, 7]
+
+
+def test_a_metric_that_is_no_number_names_the_sample():
+    with pytest.raises(RewardError, match=r"acc=nan for sample 1 of train:2.*metric=score"):
+        collect(collector(Judge({(2, 1): float("nan")}), FILTER, "algorithm.filter_groups.metric=acc"))
+
+
+REMAX = "algorithm.adv_estimator=remax"
+
+
+def test_remax_leaves_out_the_samples_of_a_prompt_whose_greedy_answer_has_no_reward():
+    got = collect(collector(Judge({(1, -1): None, (2, 0): None}), REMAX))
+    assert got.left_out_B.tolist() == [False, False, True, True, True, False, False, False]
+    assert got.details.scored_B.tolist() == [True, True, False, False, False, True, True, True]
+    assert got.rewards.warnings == ("1 failed",)
+
+
+def test_remax_s_baseline_pays_for_long_answers_as_the_samples_do():
+    buffer = "reward.overlong_buffer={enable: true, len: 4, penalty_factor: 0.8}"
+    got = collect(collector(Model(), REMAX, buffer, "data.max_response_length=5"))
+    # The greedy answer and the first sample have three tokens, two of the four that cost.
+    assert got.details.baseline_B.tolist() == pytest.approx([0.5 - 0.4] * 8)
 
 
 def test_remax_asks_for_one_greedy_answer_a_prompt():
