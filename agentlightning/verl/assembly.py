@@ -118,7 +118,8 @@ def place_workers_again(
         group = reserve(demand, stop, say, trainer.resize_timeout_s if worth_waiting else 0.0, grows=True)
         return first, _start_workers(config, first, group, run_dir, stop)
     except NotPlacedError:
-        demand, group = reserve_what_is_there(demand, max(1, first.world_size - 1), stop, say, trainer.resources_timeout_s)
+        fewer = [number for number in range(first.world_size - 1, 0, -1) if _suits(config, number)]
+        demand, group = reserve_what_is_there(demand, fewer, stop, say, trainer.resources_timeout_s)
     placement = replace(first, world_size=demand.world_size, per_node=None)
     if placement.world_size < first.world_size:
         say(
@@ -126,6 +127,15 @@ def place_workers_again(
             f"{trainer.resize_timeout_s:g} s (trainer.resize_timeout_s)"
         )
     return placement, _start_workers(config, placement, group, run_dir, stop)
+
+
+def _suits(config: Config, world_size: int) -> bool:
+    """Whether the run can be done by so many workers."""
+    try:
+        check_world_size(config, world_size)
+    except ConfigError:
+        return False
+    return True
 
 
 def _start_workers(config: Config, placement: Placement, group: PlacementGroup, run_dir: Path, stop: Preemption) -> RayWorkers:
@@ -188,6 +198,7 @@ def worker_settings(config: Config, placement: Placement, total_steps: int) -> W
         override_config=model.override_config,
         quantization=model.quantization,
         logical_shards=logical_shards(config),
+        longest=config.data.max_prompt_length + config.data.max_response_length,
         sharded_base=config.actor_rollout_ref.actor.strategy == "fsdp2" and placement.world_size > 1,
         lora_adapter_path=str(Path(start).expanduser().resolve()) if start is not None else None,
     )

@@ -460,4 +460,8 @@ def _command(overrides: Sequence[str], changes: Mapping[str, object] | None = No
 
 def _shown(path: Path) -> str:
     """Relative to the working directory where it lies below it."""
-    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # Ray may have removed the working directory of a job by now
+        return str(path)
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(here) else str(path)

@@ -416,6 +416,10 @@ def _join(init: Mapping[str, Any]) -> None:
     address = init["address"] if "address" in init else os.environ["RAY_ADDRESS"]
     try:
         ray.init(**{"logging_level": logging.ERROR, "log_to_driver": False, **init})
+    except ValueError as error:  # sizes are the business of whoever has started the cluster
+        raise ConfigError(
+            f"ray_kwargs.ray_init: given {dict(init)}: {_first_words(error)}; mend it with ray_kwargs.ray_init={{}}"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {address}: {_first_words(error)}; start one with `ray start --head`, mend RAY_ADDRESS, "

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,13 +101,15 @@ def reserve(demand: Demand, stop: Preemption, say: Say, timeout_s: float | None,
 
 
 def reserve_what_is_there(
-    demand: Demand, most: int, stop: Preemption, say: Say, timeout_s: float | None
+    demand: Demand, numbers: Sequence[int], stop: Preemption, say: Say, timeout_s: float | None
 ) -> tuple[Demand, PlacementGroup]:
-    """As many workers of this kind as the cluster has free places for, at most `most` and at least one, for which it waits."""
-    while (most := min(most, fitting_workers(demand, living_nodes(), ray.available_resources()))) > 1:
-        with contextlib.suppress(NotPlacedError):
-            return demand.single(most), reserve(demand.single(most), stop, say, _SMALLER_S, grows=True)
-        most -= 1
+    """The first of the `numbers` of workers, which fall, that the cluster has free places for; it waits for one at least."""
+    fits = fitting_workers(demand, living_nodes(), ray.available_resources())
+    for number in numbers:
+        if 1 < number <= fits:
+            with contextlib.suppress(NotPlacedError):
+                return demand.single(number), reserve(demand.single(number), stop, say, _SMALLER_S, grows=True)
+            fits = fitting_workers(demand, living_nodes(), ray.available_resources())
     return demand.single(1), reserve(demand.single(1), stop, say, timeout_s, grows=True)
 
 

@@ -13,12 +13,13 @@ import pytest
 
 from agentlightning.checkpoint.preemption import Preempted, Preemption
 from agentlightning.errors import ConfigError
-from agentlightning.verl.assembly import Placement, choose_placement
+from agentlightning.verl.assembly import Placement, _suits, choose_placement
 from agentlightning.verl.config import load_config
+from agentlightning.verl.console import _shown
 from agentlightning.verl.rules import check_job_directory
 from agentlightning.workers import ray_backend, ray_cluster
 from agentlightning.workers.cluster import Demand, Node, describe, fitting_workers, room, too_little
-from agentlightning.workers.ray_backend import _SignsOfLife, joins_cluster
+from agentlightning.workers.ray_backend import RayWorkers, _SignsOfLife, joins_cluster
 from agentlightning.workers.ray_cluster import NotPlacedError, ProcessId, end_process, mark_session, remove_session
 
 TWO_BY_EIGHT = Demand(groups=2, size=8, gpus=1, cpus=1)
@@ -123,6 +124,13 @@ def test_other_run_directories_are_not(given, environment, cwd):
     check_job_directory(Path(given), environment, Path(cwd))
 
 
+def test_a_finished_job_whose_working_directory_is_gone_still_says_where_the_run_is(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    monkeypatch.chdir(tmp_path / "package")
+    (tmp_path / "package").rmdir()
+    assert _shown(Path("/shared/run")) == "/shared/run"
+
+
 def test_which_starts_join_a_cluster(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert not joins_cluster({"num_cpus": 4})
@@ -160,6 +168,11 @@ def placing(monkeypatch):
         return removed
 
     return prepare
+
+
+def test_fewer_workers_are_a_number_that_the_run_can_be_done_by():
+    config = load_config(["data.train_batch_size=4", "trainer.exact_elastic=false"])
+    assert [number for number in range(1, 8) if _suits(config, number)] == [1, 2, 3, 4]
 
 
 def test_a_wait_says_for_what_every_half_minute(placing):
@@ -203,9 +216,11 @@ def test_what_is_there_is_taken_one_less_at_a_time(placing, monkeypatch):
         return "group"
 
     monkeypatch.setattr(ray_cluster, "reserve", reserve)
-    taken = ray_cluster.reserve_what_is_there(TWO_BY_EIGHT, 15, Preemption(), lambda _: None, None)
-    assert taken == (Demand(2, 1, 1, 1), "group")
-    assert asked == [3, 2]  # three GPUs are free
+    for numbers, tried in ((range(15, 0, -1), [3, 2]), ([8, 4, 2, 1], [2]), ([1], [1])):  # three GPUs are free
+        asked.clear()
+        taken = ray_cluster.reserve_what_is_there(TWO_BY_EIGHT, numbers, Preemption(), lambda _: None, None)
+        assert taken == (Demand(tried[-1], 1, 1, 1), "group")
+        assert asked == tried
 
 
 # ---- signs of life
@@ -261,6 +276,18 @@ def test_one_late_answer_is_forgiven(two_workers):
     for second in range(36, 100):
         clock[0] = float(second)
         assert life.silent() == []
+
+
+@pytest.mark.parametrize(("sees", "blind"), [([True, True, True], []), ([True, False, False], ["10.0.0.2"])])
+def test_nodes_of_which_no_worker_sees_the_run_directory_are_named(tmp_path, monkeypatch, sees, blind):
+    workers = object.__new__(RayWorkers)
+    workers.world_size = 3
+    addresses = ["10.0.0.1", "10.0.0.1", "10.0.0.2"]
+    workers._identities = [ProcessId(f"n{rank}", address, rank, 0.0) for rank, address in enumerate(addresses)]
+    monkeypatch.setattr(workers, "call", lambda method, arguments: sees if method == "sees" else None)
+    monkeypatch.setattr(workers, "_wait", lambda references: references)
+    (tmp_path / ".lease").write_text("{}")
+    assert workers.blind_nodes(tmp_path / ".lease") == blind
 
 
 # ---- processes and folders
