@@ -109,8 +109,9 @@ class Collector:
         if missing:  # a batch of fewer prompts would change what a mini-batch is; these have no advantage in their group
             kept = _joined([kept, _rows(dropped, range(missing), self.sampling.n)])
             notes.append(
-                f"{missing} of {wanted} prompts of this step are some whose samples all score alike, as {len(dropped.prompts)} of "
-                f"{len(drawn)} drawn; see algorithm.filter_groups.max_num_gen_batches={settings.max_num_gen_batches}"
+                f"{missing} of {wanted} prompts of this step are some whose samples all score alike, as "
+                f"{len(dropped.prompts)} of {len(drawn)} drawn; see algorithm.filter_groups.max_num_gen_batches="
+                f"{settings.max_num_gen_batches}"
             )
         return kept, position, metrics, notes
 
@@ -210,8 +211,8 @@ def _metric(scored: _Scored, name: str) -> np.ndarray:
     for completion, value in zip(scored.completions, metric_B, strict=True):
         if not np.isfinite(value):
             raise RewardError(
-                f"the reward function reported {name}={value} for sample {completion.sample_index} of {completion.uid}, by which "
-                "prompts are compared; mend the function, or set algorithm.filter_groups.metric=score"
+                f"the reward function reported {name}={value} for sample {completion.sample_index} of {completion.uid}, by "
+                "which prompts are compared; mend the function, or set algorithm.filter_groups.metric=score"
             )
     return metric_B
 

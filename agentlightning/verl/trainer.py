@@ -92,7 +92,7 @@ class AgentLightningTrainer:
         self.adapter_configs = group.adapter_configs()
         self.finished: _Finished | None = None
         self.shown_interval = 0
-        self.journals = StepJournals(checkpoints.root, config.actor_rollout_ref.rollout.journal)
+        self.journals = StepJournals(checkpoints.root, config.actor_rollout_ref.rollout.journal, fingerprint["breaking"])
         self.state = TrainerState()
         self.kl_controller = _kl_controller(config.algorithm)
         rollout, actor, critic = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor, config.critic
