@@ -175,8 +175,13 @@ class _Continue(_Keep):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = torch.cat([self.prompt_keys.index_select(0, self.group_B), key_states], dim=2)
-        return keys, torch.cat([self.prompt_values.index_select(0, self.group_B), value_states], dim=2)
+        keys = torch.cat([_of_rows(self.prompt_keys, self.group_B), key_states], dim=2)
+        return keys, torch.cat([_of_rows(self.prompt_values, self.group_B), value_states], dim=2)
+
+
+def _of_rows(prompts_U: torch.Tensor, group_B: torch.Tensor) -> torch.Tensor:
+    """What each row's prompt has. The way back is a sum over a prompt's rows; on CUDA only indexing has a fixed order."""
+    return prompts_U[group_B] if prompts_U.is_cuda else prompts_U.index_select(0, group_B)
 
 
 def _response_states(
@@ -185,7 +190,7 @@ def _response_states(
     """Hidden states [B, T, H]: that at t is the one before response token t. `together`: the pass is run in any case."""
     *states, last_UH = prompts.leaves
     group_B = group_B.to(last_UH.device)
-    first_B1H = last_UH.index_select(0, group_B)[:, None]
+    first_B1H = _of_rows(last_UH, group_B)[:, None]
     longest = micro.response_BT.shape[1]
     width = max(longest - 1, 1) if together else longest - 1
     if width == 0:

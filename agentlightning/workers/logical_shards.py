@@ -77,9 +77,9 @@ def _sum_over_workers(sums: Sequence[Tensor], nodes: Sequence[Node], shards: int
     got_WNP = torch.empty_like(sent_WNP)
     dist.all_to_all_single(got_WNP, sent_WNP)
     parts = {node: got_WNP[worker, place] for worker, part in enumerate(owned) for place, node in enumerate(part)}
-    total_P = sums[0].new_empty(world_size * slice_length)
-    dist.all_gather_into_tensor(total_P, _sum_of(parts, (shards.bit_length() - 1, 0)).contiguous())
-    return total_P[:length]
+    total_WP = sums[0].new_empty(world_size, slice_length)
+    dist.all_gather(list(total_WP.unbind()), _sum_of(parts, (shards.bit_length() - 1, 0)).contiguous())
+    return total_WP.flatten()[:length]
 
 
 def _sum_of(parts: Mapping[Node, Tensor], node: Node) -> Tensor:

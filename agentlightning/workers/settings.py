@@ -87,6 +87,7 @@ class WorkerSettings:
     override_config: Mapping[str, Any] = field(default_factory=dict)  # values of the model's own configuration
     quantization: Quantization | None = None
     logical_shards: int | None = None  # a power of two; None: one a worker, and the last bits hang on how many those are
+    longest: int | None = None  # tokens of a sample, prompt and response; None: nobody looks whether it fits into memory
     sharded_base: bool = False  # the layers of the frozen base are spread over the workers (FSDP2)
     lora_adapter_path: str | None = None  # the actor starts from this adapter; the reference is the base without it
 

@@ -7,6 +7,7 @@ that enters or leaves is numpy, so that a call costs no more than its bytes.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from agentlightning.checkpoint.manifest import FileEntry
 from agentlightning.checkpoint.snapshot import HostSnapshot
 from agentlightning.errors import ConfigError, StaleAdapterError, UserError
 from agentlightning.models.adapters import Adapters, MergedCopy
-from agentlightning.models.base import dtype_name, load_base
+from agentlightning.models.base import dtype_name, load_base, load_model_config, resolve_dtype
 from agentlightning.models.chat import ChatRenderer, check_vocabulary, load_tokenizer
 from agentlightning.rollout.engine import DecodeLoop, Engine, Tool
 from agentlightning.rollout.journal import RolloutJournal, adapter_digest, tool_digest
@@ -32,9 +33,12 @@ from agentlightning.workers.critic import Critic
 from agentlightning.workers.fsdp import ShardedBase
 from agentlightning.workers.messages import ActorUpdate, AdapterState, LogProbs, MiniBatch, Shard, WorkerState
 from agentlightning.workers.optimizer import load_weights
+from agentlightning.workers.preflight import available_memory, check_memory, estimate_memory, model_sizes
 from agentlightning.workers.settings import WorkerSettings
 from agentlightning.workers.shards import ADAPTER_FILE, StateTensors, share_of_state
 from agentlightning.workers.steady import SteadyLoop
+
+log = logging.getLogger(__name__)
 
 
 def _nobody_asks() -> None:
@@ -49,6 +53,7 @@ class Worker:
         torch.set_num_threads(settings.num_threads)
         self.settings = settings
         self.device = torch.device(settings.device)
+        self._look_at_memory()
         # A base that is to be sharded may not fit the device: its layers go there one by one, when the workers are connected.
         where = torch.device("cpu") if settings.sharded_base else self.device
         base = load_base(
@@ -239,6 +244,21 @@ class Worker:
 
         device = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         return device, psutil.Process().memory_info().rss / 2**30
+
+    def _look_at_memory(self) -> None:
+        """Raise `UserError` where a step cannot fit, before the base is loaded; warn where it will be tight."""
+        settings = self.settings
+        config = load_model_config(settings.model_path, settings.trust_remote_code, settings.override_config)
+        sizes = model_sizes(config.get_text_config().to_dict())
+        if settings.longest is None or sizes is None:
+            return
+        dtype = resolve_dtype(settings.dtype, self.device)
+        plain = dtype == torch.float32 and settings.quantization is None and not settings.sharded_base
+        merged = plain if settings.rollout.merge_lora is None else settings.rollout.merge_lora
+        estimate = estimate_memory(sizes, settings, dtype, settings.longest, merged)
+        warning = check_memory(estimate, available_memory(self.device), settings)
+        if warning is not None:
+            log.warning("%s", warning)
 
     def _may_merge(self, base: PreTrainedModel) -> bool:
         """Whether the rollout is to decode on merged weights; by default where that is exact enough, and the base whole."""

@@ -221,3 +221,22 @@ def test_wrong_paths_and_targets_name_the_override(tmp_path, base_path):
     base = load_base(base_path, "auto", torch.device("cpu"), gradient_checkpointing=False)
     with pytest.raises(UserError, match="target_modules"):
         Adapters(base, {"actor": LoraShape(4, 8, ("no_such_module",))}, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_gradient_is_the_same_every_time(base_path):
+    """A bfloat16 base under float32 adapters, by the path that the CPU takes."""
+    gradients, batch = [], grouped_batch(np.random.default_rng(0))
+    for _ in range(3):
+        base = load_base(base_path, "auto", torch.device("cuda"), gradient_checkpointing=False)
+        assert base.dtype == torch.bfloat16
+        adapters = Adapters(base, {"actor": LoraShape(4, 8)}, 0)
+        adapters.use("actor", training=True)
+        for run in training_passes(adapters.base, batch, np.arange(len(batch)), MicroBatches(5)):
+            run.hidden_NH.float().square().sum().backward()
+        parameters = adapters.parameters["actor"].values()
+        assert all(parameter.dtype == torch.float32 for parameter in parameters)
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).cpu())
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
