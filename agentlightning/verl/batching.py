@@ -25,6 +25,7 @@ from agentlightning.verl.estimators import ESTIMATORS, KEY, EstimatorInputs, Rew
 from agentlightning.verl.schema import AlgorithmConfig, Config, OverlongBufferConfig, RolloutCorrectionConfig
 from agentlightning.workers.messages import MiniBatch
 
+_VERL_METRICS = ("seq_reward", "seq_final_reward")  # of algorithm.filter_groups
 KLController = FixedKLController | AdaptiveKLController
 
 
@@ -142,8 +143,23 @@ def check_algorithm(config: Config) -> None:
             f"is 1, and rollout_is={correction.rollout_is} and rollout_rs={correction.rollout_rs} do nothing; mend it with "
             f"{CORRECTION_KEY}.bypass_mode=false"
         )
+    _check_filter_groups(config)
     if config.reward.overlong_buffer.enable:
         overlong_penalties([], config.reward.overlong_buffer, config.data.max_response_length)
+
+
+def _check_filter_groups(config: Config) -> None:
+    settings, key, n = config.algorithm.filter_groups, "algorithm.filter_groups", config.actor_rollout_ref.rollout.n
+    if settings.enable and n < 2:
+        raise ConfigError(
+            f"{key}.enable: given true with actor_rollout_ref.rollout.n={n}, expected at least 2 samples of a prompt, to be "
+            f"compared; mend it with {key}.enable=false or actor_rollout_ref.rollout.n=8"
+        )
+    if settings.enable and settings.metric in _VERL_METRICS:
+        raise ConfigError(
+            f"{key}.metric: given verl's {settings.metric}, which holds the punishment of long answers (and the KL); expected "
+            f"score, what the reward function says, or a number that it reports beside; mend it with {key}.metric=score"
+        )
 
 
 def correction_settings(config: RolloutCorrectionConfig) -> CorrectionSettings:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 
@@ -25,6 +25,7 @@ TIMEOUT_S = 60.0  # of a request, where reward.timeout_s=null
 BACKOFF_S = 0.5
 _MAX_BYTES = 4 << 20  # of an answer
 _SHOWN = 200  # characters of an answer that is quoted
+_SECRET = re.compile(r"(^|[_-])(auth|credential|key|passw(or)?d|secret|sig|signature|token)$", re.IGNORECASE)  # in a query
 
 
 class RewardServer:
@@ -35,9 +36,9 @@ class RewardServer:
         parts = urlsplit(url)
         if not parts.hostname:
             raise ConfigError(f"{key}.name: given {url!r}; mend it with {key}.name=http://host:port/path")
-        if parts.username or parts.password:
+        if parts.username or parts.password or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
             raise ConfigError(
-                f"{key}.name: the URL holds a user or a password, which would be written to config.yaml; mend it with "
+                f"{key}.name: the URL holds a user, a password or a key, which would be written to config.yaml; mend it with "
                 f"{key}.name=<the URL without> and the environment variable {API_KEY}, sent as a bearer token"
             )
         self._api_key = os.environ.get(API_KEY)
@@ -95,7 +96,3 @@ def _scores(content: bytes) -> list[Any] | None:
         return None
     scores = answer.get("scores") if isinstance(answer, dict) else None
     return scores if isinstance(scores, list) else None
-
-
-def _quoted(content: bytes) -> str:
-    return repr(content[:_SHOWN].decode(errors="replace"))

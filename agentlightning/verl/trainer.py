@@ -305,12 +305,14 @@ class AgentLightningTrainer:
             completions: list[Completion] = []
             scores: list[np.ndarray] = []
             extra: dict[str, list[float]] = {}
+            warnings: dict[str, None] = {}  # in order, each once
             shown: list[GenerationSample] = []
             for prompts in batches(self.val_prompts, self.config.data.val_batch_size):
                 answered = self.group.generate(prompts, params, seed=self.config.trainer.seed, step=step, version=step)
                 rewards = self._score(prompts, answered)
                 completions += answered
                 scores.append(rewards.score_B)
+                warnings |= dict.fromkeys(rewards.warnings)
                 for name, values in (*rewards.components.items(), *rewards.extra.items()):
                     extra.setdefault(name, []).extend(float(value) for value in values)
                 if self.config.trainer.log_val_generations:
@@ -321,6 +323,8 @@ class AgentLightningTrainer:
             metrics = compute_validation_metrics(
                 [source_of[completion.uid] for completion in completions], completions, scores_B, extra
             )
+        for warning in warnings:
+            self.console.warning(f"validation: {warning}")
         if shown:
             rows = choose_samples(self.config.trainer.log_val_generations, len(shown), self.config.trainer.seed)
             self.tracking.log_val_generations(step, [shown[row] for row in rows])

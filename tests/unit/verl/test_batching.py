@@ -271,6 +271,11 @@ def test_a_correction_without_old_log_probs_is_an_error(config: Config):
             ["reward.overlong_buffer.enable=true", "reward.overlong_buffer.len=100000"],
             "reward.overlong_buffer.len: given 100000",
         ),
+        (
+            ["algorithm.filter_groups.enable=true", "algorithm.adv_estimator=gae", "actor_rollout_ref.rollout.n=1"],
+            "filter_groups.enable=false or actor_rollout_ref.rollout.n=8",
+        ),
+        (["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=seq_final_reward"], "metric=score"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_before_the_run(overrides: list[str], words: str):

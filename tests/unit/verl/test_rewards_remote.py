@@ -174,6 +174,7 @@ def test_a_redirect_is_not_followed(server, score):
     ("overrides", "words"),
     [
         (["custom_reward_function.name='http://me:secret@host/score'"], "AGL_REWARD_API_KEY"),
+        (["custom_reward_function.name='http://host/score?version=2&api_key=secret'"], "AGL_REWARD_API_KEY"),
         (["custom_reward_function.name='http://'"], "custom_reward_function.name=http://host:port/path"),
         (
             ["custom_reward_function.name='http://host/'", "custom_reward_function.path=f.py"],
@@ -186,6 +187,11 @@ def test_urls_that_are_none(overrides, words):
         Rewards.from_config(load_config(overrides))
     assert words in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_a_query_without_a_secret_is_welcome():
+    with Rewards.from_config(load_config(["custom_reward_function.name='http://host/score?max_tokens=5&tokenizer=a'"])):
+        pass
 
 
 def test_a_key_that_is_no_header(monkeypatch):
