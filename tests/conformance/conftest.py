@@ -24,7 +24,7 @@ UNREACHABLE = ("ConnectionError", "ConnectTimeout", "Temporary failure in name r
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker of pytest-xdist does all of them: they share the environment and a server."""
+    """They run real programs, and the first one waits for pip."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.e2e)
