@@ -123,7 +123,8 @@ def _reached(case: Case, run_dir: Path, steps: int, seed: int) -> tuple[float, f
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    scores = [json.loads(line)[case.metric] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()[:steps]  # a run that is there already may be longer
+    scores = [json.loads(line)[case.metric] for line in lines]
     return sum(scores[:LAST]) / len(scores[:LAST]), sum(scores[-LAST:]) / len(scores[-LAST:])
 
 
