@@ -51,9 +51,11 @@ _NODES_S = 2.0  # how often a wait asks whether a node is about to leave
 _STACK_S = 3.0
 _STACK_FRAMES = 6
 _GRACE_S = 1.0
+_LISTENER = "worker-signals"  # name of the threads that wait for the workers' signals
 _RAYS_NAMES = ("ray::", "raylet", "gcs_server")
 # What torch.distributed says where another process is gone, or has kept this one waiting for too long.
 _BROKEN_CONNECTION = ("gloo/transport", "ProcessGroupGloo", "ProcessGroupNCCL", "NCCL error", "c10d")
+_leaving = threading.Event()  # Ray ends a process in which anything touches it while it is shut down
 
 
 class WorkerActor:
@@ -229,7 +231,7 @@ class RayWorkers:
         for actor in self.actors:
             actor.load_libraries.remote()
         signals = [_beside(actor.wait_for_signal).remote() for actor in self.actors]
-        threading.Thread(target=self._hear_of_signals, args=(signals,), name="worker-signals", daemon=True).start()
+        threading.Thread(target=self._hear_of_signals, args=(signals,), name=_LISTENER, daemon=True).start()
 
     def build(self, settings: Any) -> None:
         """Load the model on every worker, and connect them if there are several. `settings` are what a process builds from."""
@@ -276,18 +278,16 @@ class RayWorkers:
         remove_placement_group(self.group)
 
     def _hear_of_signals(self, signals: list[Any]) -> None:
-        """Pass on the first signal that a worker is sent, for as long as the workers live."""
+        """Pass on the first signal that a worker is sent, for as long as the workers live and Ray is not left."""
         try:
-            [first], _ = ray.wait(signals, num_returns=1)
-            if not ray.is_initialized():
-                return  # `ray.get` would start another cluster
-            self.stop.request(f"{signal.Signals(ray.get(first)).name} to a worker")
+            first: list[Any] = []
+            while not first:
+                if _leaving.is_set() or not ray.is_initialized():
+                    return
+                first, _ = ray.wait(signals, num_returns=1, timeout=_LOOK_S)
+            self.stop.request(f"{signal.Signals(ray.get(first[0])).name} to a worker")
         except RayError:
             return  # they have gone: nobody is left to be signalled
-        except Exception:
-            if not ray.is_initialized():
-                return  # Ray was shut down under this thread, and says so in whatever way it breaks
-            raise
 
     def _wait(self, references: Sequence[Any]) -> list[Any]:
         """The answers; looks at `stop` and at the nodes all the while. The first failure of any worker is raised at once."""
@@ -396,6 +396,7 @@ def start_ray(init: Mapping[str, Any], cpus: int) -> None:
     """Join the cluster of RAY_ADDRESS, or start a quiet one of our own that no other run on this machine touches."""
     if ray.is_initialized():
         return
+    _leaving.clear()
     if joins_cluster(init):
         _join(init)
         return
@@ -431,6 +432,10 @@ def leave_ray(timeout_s: float) -> bool:
     """Shut down what `start_ray` started. False if Ray did not answer in time, as when a scheduler killed its processes too."""
     if not ray.is_initialized():
         return True
+    _leaving.set()
+    for listener in threading.enumerate():
+        if listener.name == _LISTENER:
+            listener.join(_GRACE_S)
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that this is not the main thread
     # A cluster that we joined is not among them.
     rays = [child for child in psutil.Process().children(recursive=True) if _is_rays(child)]
