@@ -260,7 +260,10 @@ class AgentLightningTrainer:
     def _update_actor(self, batch: Batch, step: int) -> dict[str, float]:
         plan = self.actor_plan.mini_batches(batch, self.config.data.seed, step)
         update, log_probs_BT = self.group.update_actor(batch, plan, step)
-        entropy = update.pop("entropy")
+        entropy, actor = update.pop("entropy"), self.config.actor_rollout_ref.actor
+        update.setdefault("pg_loss", 0.0)  # where no sample has an advantage, no pass is run
+        if actor.use_kl_loss:
+            update["kl_coef"] = actor.kl_loss_coef
         if self.needs_old_log_prob:  # measured over all samples before the update
             return _prefixed("actor", update)
         return _prefixed("actor", update) | {"actor/entropy": entropy} | rollout_probs_diff(batch, log_probs_BT)

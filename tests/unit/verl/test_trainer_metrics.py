@@ -1,4 +1,4 @@
-"""What a validation tells: a reward function that fails is heard of, though no step's rewards are."""
+"""What a step and a validation tell of themselves."""
 
 import contextlib
 from types import SimpleNamespace
@@ -36,3 +36,20 @@ def test_failures_in_a_validation_are_told_once():
     metrics = AgentLightningTrainer._validate(trainer, 3, {})
     assert told == ["validation: 1 of 1 have no reward"]
     assert metrics["val-core/sums/reward/mean@1"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"actor/pg_loss": 0.0}),
+        (["actor_rollout_ref.actor.use_kl_loss=true"], {"actor/pg_loss": 0.0, "actor/kl_coef": 0.001}),
+    ],
+)
+def test_a_step_in_which_nothing_moves_has_a_loss_and_the_coefficient_is_logged(overrides, expected):
+    trainer = SimpleNamespace(
+        config=load_config(overrides),
+        actor_plan=SimpleNamespace(mini_batches=lambda batch, seed, step: []),
+        group=SimpleNamespace(update_actor=lambda batch, plan, step: ({"entropy": 0.0, "grad_norm": 0.0}, np.zeros((1, 1)))),
+        needs_old_log_prob=True,
+    )
+    assert AgentLightningTrainer._update_actor(trainer, None, 1) == {"actor/grad_norm": 0.0, **expected}
