@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agentlightning.algorithms.aggregation import masked_whiten
+from agentlightning.algorithms.advantages.groups import whitened
 
 
 @torch.no_grad()
@@ -29,4 +29,4 @@ def gae(token_level_rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamm
         owed_B = torch.where(chosen_B, 0.0, owed_B)
         advantages_BT[:, t] = next_advantage_B
     returns_BT = torch.where(chosen_BT, advantages_BT + values_BT, 0.0)
-    return masked_whiten(advantages_BT, mask_BT), returns_BT
+    return whitened(advantages_BT, mask_BT), returns_BT

@@ -106,6 +106,14 @@ def test_gae_padding_does_not_matter():
         torch.testing.assert_close(pad(a, (0, 3)), b)
 
 
+def test_gae_equal_advantages_are_not_whitened_into_noise():
+    reward_BT, mask_BT = torch.full((7, 3), 0.0), torch.ones(7, 3)
+    reward_BT[:, -1] = 0.1
+    advantages_BT, returns_BT = gae(reward_BT, torch.zeros(7, 3), mask_BT, gamma=1.0, lam=1.0)
+    assert not advantages_BT.any()
+    assert returns_BT == pytest.approx(0.1)
+
+
 def test_gae_all_masked_gives_zeros():
     for x_BT in gae(f64([[0, 1]]), f64([[2, 3]]), ~ones(1, 2), 0.9, 0.8):
         assert x_BT.tolist() == [[0, 0]]
