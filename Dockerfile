@@ -8,7 +8,7 @@ WORKDIR /opt/agentlightning
 COPY pyproject.toml README.md LICENSE ./
 COPY agentlightning agentlightning
 COPY configs configs
-RUN pip install --no-cache-dir .
+RUN pip install --no-cache-dir '.[cluster]'
 
 # Runs are kept where a volume is mounted: docker run --shm-size=2g -v $PWD/runs:/runs agentlightning trainer.seed=2
 WORKDIR /runs

@@ -6,6 +6,7 @@ the last prompt drawn, which is all that a resumed run needs to draw the same on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -91,14 +92,17 @@ class Collector:
         drawn, rounds, position = list(scored.prompts), 1, position + wanted
         if not settings.enable:
             return scored, position, {}, []
-        kept, dropped = self._split(scored)
+        kept, dropped = self._split(scored, wanted)
         idle = len(dropped.prompts)  # prompts drawn since the last one that teaches something
         while len(kept.prompts) < wanted and rounds != settings.max_num_gen_batches and idle < max(len(self.data), wanted):
             missing = wanted - len(kept.prompts)
-            scored = self._draw(drawn, position, missing, journal, timer)
-            drawn, rounds, position = [*drawn, *scored.prompts], rounds + 1, position + missing
-            more, waste = self._split(scored)
-            idle = 0 if more.prompts else idle + missing
+            # As many as it takes if prompts go on to teach as often as they did, and at most a batch, as verl draws.
+            count = min(wanted, math.ceil(missing * len(drawn) / max(len(kept.prompts), 1)))
+            scored = self._draw(drawn, position, count, journal, timer)
+            more, waste = self._split(scored, missing)
+            used = len(more.prompts) + len(waste.prompts)
+            drawn, rounds, position = [*drawn, *scored.prompts[:used]], rounds + 1, position + used
+            idle = 0 if more.prompts else idle + used
             kept, dropped = _joined([kept, more]), _joined([dropped, waste])
         missing = wanted - len(kept.prompts)
         metrics = {
@@ -123,9 +127,12 @@ class Collector:
         with timer("reward"):
             return _Scored(prompts, completions, self.score(prompts, completions))
 
-    def _split(self, scored: _Scored) -> tuple[_Scored, _Scored]:
-        """The prompts whose samples differ in the metric, and the others. Samples without a reward differ from nothing; nor is
-        there anything to learn from a prompt of which no sample is trained on.
+    def _split(self, scored: _Scored, wanted: int) -> tuple[_Scored, _Scored]:
+        """The first `wanted` prompts whose samples differ in the metric, and the others before the last of them. What comes
+        behind it is in neither: the next step draws it again.
+
+        Samples without a reward differ from nothing; nor is there anything to learn from a prompt of which no sample is trained
+        on.
         """
         n = self.sampling.n
         metric_GN = _metric(scored, self.config.algorithm.filter_groups.metric).reshape(-1, n)
@@ -134,7 +141,10 @@ class Collector:
         metric_B = np.where(masked_GN, one_with_reward_G1, metric_GN).ravel()
         differs_G = informative_samples([completion.uid for completion in scored.completions], metric_B)[::n]
         differs_G &= ~self._left_out(scored).reshape(-1, n).all(axis=1)
-        return _rows(scored, np.flatnonzero(differs_G).tolist(), n), _rows(scored, np.flatnonzero(~differs_G).tolist(), n)
+        places = np.flatnonzero(differs_G)
+        end = int(places[wanted - 1]) + 1 if len(places) >= wanted else len(differs_G)
+        kept, dropped = places[:wanted], np.flatnonzero(~differs_G[:end])
+        return _rows(scored, kept.tolist(), n), _rows(scored, dropped.tolist(), n)
 
     def _left_out(self, scored: _Scored) -> np.ndarray:
         """Which samples are not to be trained on: those without a reward, and with overlong filtering those that were cut."""

@@ -60,6 +60,12 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
         "actor_rollout_ref.actor": losses | {"optim": optim},
         "actor_rollout_ref.rollout.n": config.actor_rollout_ref.rollout.n,
         "actor_rollout_ref.rollout.temperature": config.actor_rollout_ref.rollout.temperature,
+        "actor_rollout_ref.rollout.top_k": config.actor_rollout_ref.rollout.top_k,
+        "actor_rollout_ref.rollout.top_p": config.actor_rollout_ref.rollout.top_p,
+        "actor_rollout_ref.model.dtype": model.dtype,
+        "data.max_response_length": config.data.max_response_length,
+        "custom_reward_function": config.custom_reward_function.model_dump(mode="json"),
+        "reward": config.reward.model_dump(mode="json", exclude={"num_workers", "timeout_s", "retries"}),
         "algorithm": config.algorithm.model_dump(mode="json"),
         # Sums of floats differ with the number of threads: a run that goes on with another one is not the same to the last bit.
         "trainer.num_threads": trainer.num_threads or f"{os.cpu_count()} cores",

@@ -41,6 +41,7 @@ from agentlightning.verl.rules import derived_sizes, instant
 from agentlightning.verl.schema import Config
 from agentlightning.verl.state import logger_run_ids
 from agentlightning.verl.tracking import RUN_FILES, Tracking
+from agentlightning.verl.tracking_secrets import without_secrets
 from agentlightning.workers.cluster import NodeDrained
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def _summary(trainer: AgentLightningTrainer, run_dir: Path, exit_code: int, seco
 def _start_tracking(config: Config, run_dir: Path, loaded: LoadedCheckpoint | None) -> Tracking:
     tree = config.model_dump(mode="json")
     if not config.trainer.val_only:  # which changes nothing of the run, and logs nothing
-        replace_file(run_dir / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+        replace_file(run_dir / "config.yaml", yaml.safe_dump(without_secrets(tree), sort_keys=False).encode())
     return Tracking(
         run_dir,
         logger=() if config.trainer.val_only else config.trainer.logger,

@@ -187,9 +187,9 @@ def _module_from_file(path: Path, key: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses and pickling look a function's module up by name
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # a user's file may raise anything while it is read
         raise ConfigError(
-            f"{key}.path: {path} cannot be imported: {error}; mend the file, or set {key}.path=<another>"
+            f"{key}.path: {path} cannot be imported: {type(error).__name__}: {error}; mend the file, or set {key}.path=<another>"
         ) from error
     return module
 

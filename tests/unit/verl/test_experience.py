@@ -89,7 +89,7 @@ def test_prompts_that_teach_nothing_are_replaced_and_the_position_says_how_far_o
     made = collector(model, FILTER)
     first = collect(made)
     assert [row_of(p.uid) for p in first.prompts] == [0, 3, 6, 9]
-    assert [[row_of(uid) for uid in asked] for asked in model.asked] == [[0, 1, 2, 3], [4, 5], [6, 7], [8], [9]]
+    assert [[row_of(uid) for uid in asked] for asked in model.asked] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert first.position == 1 + 9
     assert first.metrics["training/num_gen_batches"] == len(model.asked)
     assert first.metrics["training/filtered_prompts"] == 6
@@ -111,7 +111,7 @@ def test_a_limit_of_batches_fills_up_with_what_was_drawn_and_says_so():
     got = collect(collector(model, FILTER, "algorithm.filter_groups.max_num_gen_batches=3"))
     assert len(model.asked) == 3
     assert [row_of(p.uid) for p in got.prompts] == [2, 0, 1, 3]
-    assert "3 of 4 prompts of this step are some whose samples all score alike, as 9 of 10 drawn" in got.rewards.warnings[-1]
+    assert "3 of 4 prompts of this step are some whose samples all score alike, as 11 of 12 drawn" in got.rewards.warnings[-1]
     assert "max_num_gen_batches=3" in got.rewards.warnings[-1]
 
 
