@@ -450,7 +450,7 @@ def _trainer(
         tracking=EveryPicture(manager.root),
         console=console,
         total_steps=total_steps,
-        fingerprint={},
+        fingerprint={"breaking": {}, "harmless": {}},
         facts=[],
         stop=Preemption(),
     )
