@@ -9,15 +9,15 @@ import pytest
 
 import agentlightning
 
-E2E = Path(__file__).parent / "e2e"
 BASE = str(Path(agentlightning.__file__).parent / "calculator" / "base")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2` (pytest-xdist): a file's tests share its fixtures, and those of e2e the runs they compare with."""
+    """With `pytest -n 2` (pytest-xdist): a file's tests share its fixtures, and some of e2e the runs they compare with."""
     for item in items:
-        in_e2e = E2E in item.path.parents
-        item.add_marker(pytest.mark.xdist_group("e2e" if in_e2e else str(item.path)))
+        compares = isinstance(item, pytest.Function) and "references" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("references" if compares else str(item.path)))
 
 
 @pytest.fixture(scope="session")

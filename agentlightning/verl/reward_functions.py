@@ -189,7 +189,7 @@ def _module_from_file(path: Path, key: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything while it is read
         raise ConfigError(
-            f"{key}.path: {path} cannot be imported: {type(error).__name__}: {error}; mend the file, or set {key}.path=<another>"
+            f"{key}.path: {path} cannot be imported ({type(error).__name__}: {error}); mend the file, or give another"
         ) from error
     return module
 

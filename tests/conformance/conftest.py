@@ -23,14 +23,12 @@ REQUIREMENTS = ("tinker==0.38.*", "tinker_cookbook==0.5.8", "torch==2.13.0")
 UNREACHABLE = ("ConnectionError", "ConnectTimeout", "Temporary failure in name resolution", "ProxyError")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """They run real programs, and the first one waits for pip. With pytest-xdist a file's tests share its fixtures."""
+    """They run real programs, and the first one waits for pip."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.timeout(600))
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(scope="session")
