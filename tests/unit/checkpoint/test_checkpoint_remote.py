@@ -826,7 +826,9 @@ def test_a_client_error_comes_out_as_ours(url: str, tmp_path: Path, monkeypatch:
 
     with Mirror(url, tmp_path) as mirror:
         mirror.pull_index()
-        monkeypatch.setattr(mirror._objects._fs, "ls", raising(EndpointConnectionError(endpoint_url="http://nowhere")))
+        # By item: undone, an attribute would stay on the object, which fsspec keeps for others, and hide its class's.
+        unreachable = raising(EndpointConnectionError(endpoint_url="http://nowhere"))
+        monkeypatch.setitem(vars(mirror._objects._fs), "ls", unreachable)
         with pytest.raises(CheckpointError, match="Could not connect to the endpoint URL"):
             mirror.pull_index()
         with pytest.raises(CheckpointError, match="not known whether"):
