@@ -16,8 +16,10 @@ BASE = str(Path(agentlightning.__file__).parent / "calculator" / "base")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `pytest -n 2` (pytest-xdist): a file's tests share its fixtures, and some of e2e the runs they compare with."""
     for item in items:
-        compares = isinstance(item, pytest.Function) and "references" in item.fixturenames
+        compares = "references" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("references" if compares else str(item.path)))
+    # The largest group first, so that the other core has all the rest to do meanwhile.
+    items.sort(key=lambda item: "references" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
