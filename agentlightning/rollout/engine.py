@@ -70,14 +70,18 @@ class DecodeLoop:
         journal: RolloutJournal | None = None,
     ) -> list[Completion]:
         """`params.n` completions of each prompt, prompt by prompt; a pure function of its arguments and the weights."""
-        samples = _Samples(prompts, params, seed, step, adapter_version)
+        samples = Samples(prompts, params, seed, step, adapter_version)
         if journal is not None:
             samples.restore(journal)
-        _Generation(self, samples, journal).run()
+        self.generation(samples, journal).run()
         return samples.completions()
 
+    def generation(self, samples: Samples, journal: RolloutJournal | None) -> Generation:
+        """The loop over the tokens of one call, for a kind of this engine to change."""
+        return Generation(self, samples, journal)
 
-class _Samples:
+
+class Samples:
     """The state of all N samples of one call: what each has said, and how far it is.
 
     Tokens up to `known_N` are decided already (an observation); those up to `count_N` have been passed as input or chosen.
@@ -103,6 +107,7 @@ class _Samples:
                 self.uniform_NT[i] = random_stream(seed, step, prompts[i // params.n].uid, i % params.n, width)
 
     def prompt(self, sample: int) -> Prompt:
+        """Whose sample it is."""
         return self.prompts[sample // self.params.n]
 
     def turn_ids(self, sample: int) -> np.ndarray:
@@ -130,6 +135,7 @@ class _Samples:
                 self.stop_reason[i] = self.restored[sample].stop_reason
 
     def completions(self) -> list[Completion]:
+        """All samples, which have ended."""
         return [self.completion(i) for i in range(len(self.turns))]
 
     def completion(self, sample: int) -> Completion:
@@ -151,10 +157,10 @@ class _Samples:
         )
 
 
-class _Generation:
+class Generation:
     """One call of `generate`: which samples are in the cache, and the loop over tokens."""
 
-    def __init__(self, engine: DecodeLoop, samples: _Samples, journal: RolloutJournal | None) -> None:
+    def __init__(self, engine: DecodeLoop, samples: Samples, journal: RolloutJournal | None) -> None:
         self.engine, self.samples, self.params, self.journal = engine, samples, samples.params, journal
         self.device = engine.model.device
         self.stop_ids = np.array(_stop_token_ids(engine.model, engine.renderer))
@@ -163,6 +169,7 @@ class _Generation:
         self.cache: RowCache | None = None
 
     def run(self) -> None:
+        """Until the last sample has ended."""
         while self.waiting or len(self.rows):
             if self.engine.check is not None:
                 self.engine.check()
@@ -245,8 +252,13 @@ class _Generation:
         self, cache: RowCache, token_BQ: np.ndarray, position_BQ: np.ndarray, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hidden states [B, Q, H] of `token_BQ`, each seeing its row's tokens at positions up to its own."""
+        return self._pass(cache, token_BQ, position_BQ, int(position_BQ.max()) + 1, rows)
+
+    def _pass(
+        self, cache: RowCache, token_BQ: np.ndarray, position_BQ: np.ndarray, width: int, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The pass itself, over the first `width` columns of the cache."""
         position = torch.tensor(position_BQ, device=self.device)
-        width = int(position_BQ.max()) + 1
         cache.begin(position, width, rows)
         visible_B1QK = (torch.arange(width, device=self.device) <= position[:, :, None])[:, None]
         return self.engine.model.get_decoder()(

@@ -58,11 +58,13 @@ class SavedModel:
             raise CheckpointError(f"{where}/{STATE_FILE} has other fields than expected: {error}") from error
 
 
-def saved_lora(directory: Path) -> LoraConfig:
-    """The shape of a saved model, to create one that it can be loaded into. Nothing is verified yet: `load_state` does."""
-    path = directory / STATE_FILE
+def read_saved_model(directory: Path) -> SavedModel:
+    """What lies in a saved directory: its base, shape and step, to create a model that it can be loaded into.
+
+    Nothing is verified yet: `load_state` does. CheckpointError if nothing was saved there.
+    """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no saved model at {directory}: {path} cannot be read ({error})") from error
-    return SavedModel.parse(document, directory).lora
+        raise CheckpointError(f"no saved model at {directory}: its {STATE_FILE} cannot be read ({error})") from error
+    return SavedModel.parse(document, directory)

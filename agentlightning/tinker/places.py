@@ -23,8 +23,7 @@ from typing import Any, Literal
 
 from agentlightning.checkpoint.files import make_directory, replace_file, temporary
 from agentlightning.checkpoint.record import RECORD_SUFFIX
-from agentlightning.errors import CheckpointError, UserError
-from agentlightning.tinker.engine_saved import STATE_FILE, SavedModel
+from agentlightning.errors import UserError
 
 Kind = Literal["weights", "sampler_weights"]
 DEFAULT_ROOT = Path("checkpoints") / "tinker"
@@ -78,15 +77,6 @@ class Places:
             what = "weights to sample from" if sampler else "state to train on from"
             raise UserError(f"no {what} at {path!r} ({found.absolute()} is no directory); expected the `.path` of a save")
         return found
-
-
-def read_saved_model(directory: Path) -> SavedModel:
-    """What lies in a saved directory: its base, shape and step. CheckpointError if nothing was saved there."""
-    try:
-        document = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no saved model at {directory}: its {STATE_FILE} cannot be read ({error})") from error
-    return SavedModel.parse(document, directory)
 
 
 def check_name(name: str) -> None:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 from agentlightning.errors import ConfigError, UserError
 from agentlightning.tinker.dispatch import EngineThread
 from agentlightning.tinker.engine_api import LoraEngine
+from agentlightning.tinker.engine_saved import read_saved_model
 from agentlightning.tinker.futures import Future
-from agentlightning.tinker.places import Places, read_saved_model
+from agentlightning.tinker.places import Places
 from agentlightning.tinker.sampling_client import SamplingClient
 from agentlightning.tinker.training_client import About, TrainingClient
 from agentlightning.tinker.types import LoraConfig

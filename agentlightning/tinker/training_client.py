@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from agentlightning.tinker.custom_loss import CustomLoss, run_custom_loss
 from agentlightning.tinker.dispatch import EngineThread
 from agentlightning.tinker.engine_api import BaseModelInfo, LoraEngine
+from agentlightning.tinker.engine_saved import read_saved_model
 from agentlightning.tinker.futures import Future, Ready
-from agentlightning.tinker.places import Places, check_name, check_ttl, read_saved_model
+from agentlightning.tinker.places import Places, check_name, check_ttl
 from agentlightning.tinker.sampling_client import SamplingClient
 from agentlightning.tinker.types import (
     AdamParams,

@@ -27,6 +27,7 @@ from agentlightning.models.base import dtype_name, load_base, load_model_config,
 from agentlightning.models.chat import ChatRenderer, check_vocabulary, load_tokenizer
 from agentlightning.rollout.engine import DecodeLoop, Engine, Tool
 from agentlightning.rollout.journal import RolloutJournal, adapter_digest, tool_digest
+from agentlightning.rollout.steady import SteadyLoop
 from agentlightning.types import Batch, Completion, JournalSpec, LoraShape, Prompt, SamplingParams
 from agentlightning.workers.actor import Actor
 from agentlightning.workers.critic import Critic
@@ -36,7 +37,6 @@ from agentlightning.workers.optimizer import load_weights
 from agentlightning.workers.preflight import available_memory, check_memory, estimate_memory, model_sizes
 from agentlightning.workers.settings import WorkerSettings
 from agentlightning.workers.shards import ADAPTER_FILE, StateTensors, share_of_state
-from agentlightning.workers.steady import SteadyLoop
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from agentlightning.checkpoint.manifest import read as read_manifest
 from agentlightning.checkpoint.manifest import verified_bytes
 from agentlightning.errors import CheckpointError, UserError
 from agentlightning.tinker.engine import EngineSettings, InProcessLoraEngine
-from agentlightning.tinker.engine_saved import saved_lora
+from agentlightning.tinker.engine_saved import read_saved_model
 from agentlightning.tinker.types import AdamParams, Datum, LoraConfig, ModelInput
 
 LORA = LoraConfig(rank=4, seed=3)
@@ -94,7 +94,7 @@ def test_the_directory_is_verified_durable_and_peft_s(engine, tmp_path):
     assert (tmp_path / "a.pt").is_file()
     weights = load_file(tmp_path / "a/actor/adapter_model.safetensors")
     assert same(weights, engine.models["m"].weights())
-    assert saved_lora(tmp_path / "a") == LORA
+    assert read_saved_model(tmp_path / "a").lora == LORA
     with pytest.raises(CheckpointError, match="not written over"):
         engine.save_state("m", tmp_path / "a")
 

@@ -7,8 +7,8 @@ import torch
 from test_worker import worker_settings
 
 from agentlightning.rollout.engine import DecodeLoop
+from agentlightning.rollout.steady import SteadyLoop
 from agentlightning.types import SamplingParams
-from agentlightning.workers.steady import SteadyLoop
 from agentlightning.workers.worker import Worker
 
 SAMPLING = SamplingParams(n=3, max_tokens=48, max_assistant_turns=3, max_tokens_per_turn=12)

@@ -9,7 +9,6 @@ shard is decoded by itself instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +17,8 @@ from torch import nn
 
 from agentlightning.models.base import output_head
 from agentlightning.rollout.cache import RowCache
-from agentlightning.rollout.engine import DecodeLoop, _Generation, _Samples
+from agentlightning.rollout.engine import DecodeLoop, Generation, Samples
 from agentlightning.rollout.journal import RolloutJournal
-from agentlightning.types import Completion, Prompt, SamplingParams
 
 _ROWS = 4
 _COLUMNS = 32
@@ -33,25 +31,12 @@ class SteadyLoop(DecodeLoop):
     def __post_init__(self) -> None:
         _AtLeastFourRows(output_head(self.model))
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        seed: int,
-        step: int,
-        adapter_version: int,
-        journal: RolloutJournal | None = None,
-    ) -> list[Completion]:
-        """See `DecodeLoop.generate`."""
-        samples = _Samples(prompts, params, seed, step, adapter_version)
-        if journal is not None:
-            samples.restore(journal)
-        _SteadyGeneration(self, samples, journal).run()
-        return samples.completions()
+    def generation(self, samples: Samples, journal: RolloutJournal | None) -> Generation:
+        """See `DecodeLoop.generation`."""
+        return _SteadyGeneration(self, samples, journal)
 
 
-class _SteadyGeneration(_Generation):
+class _SteadyGeneration(Generation):
     """Behind the rows of the samples, the cache has copies of the first one until their number is a multiple of four."""
 
     ghosts = 0
@@ -89,19 +74,9 @@ class _SteadyGeneration(_Generation):
         if more_rows:
             token_BQ = np.concatenate([token_BQ, token_BQ[:1].repeat(more_rows, axis=0)])
             position_BQ = np.concatenate([position_BQ, position_BQ[:1].repeat(more_rows, axis=0)])
-        position = torch.tensor(position_BQ, device=self.device)
         width = int(position_BQ.max()) + 1
         width += -width % _COLUMNS
-        cache.begin(position, width, rows)
-        visible_B1QK = (torch.arange(width, device=self.device) <= position[:, :, None])[:, None]
-        hidden_BQH = self.engine.model.get_decoder()(
-            input_ids=torch.as_tensor(token_BQ, device=self.device),
-            position_ids=position,
-            attention_mask=visible_B1QK,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return hidden_BQH[:wanted_rows, :wanted_columns]
+        return self._pass(cache, token_BQ, position_BQ, width, rows)[:wanted_rows, :wanted_columns]
 
 
 class _AtLeastFourRows:
