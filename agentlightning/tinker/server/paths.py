@@ -27,11 +27,6 @@ class TinkerPath:
     def __str__(self) -> str:
         return f"{SCHEME}{self.model_id}/{self.kind}/{self.name}"
 
-    @property
-    def checkpoint_id(self) -> str:
-        """Example: `weights/final`."""
-        return f"{self.kind}/{self.name}"
-
 
 def check_name(name: str | None) -> str:
     """One segment that is safe as a directory's name. UserError else."""
