@@ -159,7 +159,6 @@ def load_workers(
     """Load the model on the placed workers. `witness` is a file in the run directory, by which they find it."""
     from agentlightning.workers.group import InProcess, WorkerGroup
 
-    check_world_size(config, placement.world_size)  # a run that lost a node comes here with fewer
     settings = worker_settings(config, placement, total_steps)
     if workers is None:
         group = WorkerGroup(InProcess(settings, stop.check), settings.logical_shards)

@@ -229,6 +229,8 @@ def _fit_through_deaths(trainer: AgentLightningTrainer, placement: Placement) ->
                 trainer.settle()
                 if deaths > limit:
                     raise
+                with _harmless("attempts.jsonl", trainer.console):
+                    trainer.checkpoints.history.worker_died()
                 trainer.console.warning(f"{error}\nstarting the workers again, {deaths} of trainer.max_restarts={limit}")
     except Preempted as reason:
         step = trainer.leave()
@@ -240,8 +242,6 @@ def _fit_through_deaths(trainer: AgentLightningTrainer, placement: Placement) ->
 def _start_workers_again(trainer: AgentLightningTrainer, first: Placement) -> None:
     """New workers in the place of those of which one died, at the last checkpoint. `first` is how the run has begun."""
     config, checkpoints = trainer.config, trainer.checkpoints
-    with _harmless("attempts.jsonl", trainer.console):
-        checkpoints.history.worker_died()
     trainer.group.close()
     loaded = checkpoints.load_again()
     placement, workers = place_workers_again(
