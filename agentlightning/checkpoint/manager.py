@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -139,17 +140,17 @@ class CheckpointManager:
         """Which of the two host buffers may be filled; waits only if both are being written."""
         return self._writer.free_buffer()
 
-    def start_save(self, step: int, files: CheckpointFiles, buffer: int | None = None) -> None:
+    def start_save(self, step: int, files: CheckpointFiles, buffer: int | None = None) -> Future[SavedCheckpoint]:
         """Have `global_step_<step>` written, committed and the old ones pruned, behind what comes next.
 
-        `buffer` is the host buffer that `files.parts` reads. What becomes of it is told by `collect`; a save that failed leaves
-        the checkpoints before it untouched, and training can go on.
+        `buffer` is the host buffer that `files.parts` reads. What becomes of it is told by the future, and by `collect`; a save
+        that failed leaves the checkpoints before it untouched, and training can go on.
         """
         if self._went_back_to is not None:
             files = replace(files, extra={**files.extra, WENT_BACK_TO: self._went_back_to})
         self._started_step = step
         taken_at = time.monotonic()
-        self._writer.submit(step, buffer, lambda: self._save(step, files, taken_at))
+        return self._writer.submit(step, buffer, lambda: self._save(step, files, taken_at))
 
     def save(self, step: int, files: CheckpointFiles) -> SavedCheckpoint:
         """`start_save`, and wait for it: durable on return. CheckpointError if it could not be saved."""

@@ -43,9 +43,11 @@ class BackgroundWriter:
         self._jobs: deque[_Job] = deque()
         self._thread = ThreadPoolExecutor(1, "checkpoint-writer", initializer=_step_back)
 
-    def submit(self, step: int, buffer: int | None, job: Callable[[], SavedCheckpoint]) -> None:
+    def submit(self, step: int, buffer: int | None, job: Callable[[], SavedCheckpoint]) -> Future[SavedCheckpoint]:
         """Run `job` after those before it. `buffer` is the host buffer it reads, which must not change until it is done."""
-        self._jobs.append(_Job(step, buffer, self._thread.submit(job)))
+        future = self._thread.submit(job)
+        self._jobs.append(_Job(step, buffer, future))
+        return future
 
     def writes(self, step: int) -> bool:
         """Whether a save of this step is under way, or done and not yet collected."""

@@ -46,6 +46,7 @@ from agentlightning.workers.cluster import NodeDrained
 
 if TYPE_CHECKING:
     from agentlightning.verl.trainer import AgentLightningTrainer
+    from agentlightning.workers.group import WorkerGroup
     from agentlightning.workers.ray_backend import RayWorkers
 
 
@@ -56,6 +57,23 @@ _RAY_GOODBYE_S = 10.0
 class _Data:
     train: PromptDataset
     val: Sequence[Prompt]
+
+
+@dataclass(slots=True)
+class _Deaths:
+    """How often workers have died in this run, and how often that is borne."""
+
+    limit: int
+    count: int = 0
+
+    def bear(self, error: WorkerError) -> str:
+        """What there is to say of one more; raises it where it is one too many. A node that is left in time is no death."""
+        if isinstance(error, NodeDrained):
+            return f"{error}; the workers are started again elsewhere"
+        self.count += 1
+        if self.count > self.limit:
+            raise error
+        return f"{error}\nstarting the workers again, {self.count} of trainer.max_restarts={self.limit}"
 
 
 def launch(config: Config) -> int:
@@ -133,13 +151,13 @@ def _run(
     fingerprint = run_fingerprint(config, data.train)
     if loaded is not None:
         check_data(loaded, fingerprint)
-    group = load_workers(config, placement, workers, total_steps, run_dir / LEASE_FILE, stop)
-    _tell_of_blind_nodes(workers, run_dir, console)
+    first, deaths = placement, _Deaths(config.trainer.max_restarts)
+    placement, group = _load_through_deaths(config, first, workers, total_steps, run_dir, stop, console, deaths)
     if not config.trainer.val_only:
         _clear_the_way(checkpoints, config, console)
     tracking = _start_tracking(config, run_dir, loaded)
     if not config.trainer.val_only:
-        _begin_history(checkpoints, tracking.attempt, console)
+        _begin_history(checkpoints, tracking.attempt, deaths.count, console)
     from agentlightning.verl.trainer import AgentLightningTrainer
 
     trainer = AgentLightningTrainer(
@@ -161,9 +179,41 @@ def _run(
         trainer.validate_only()
         group.close()
         return 0
-    exit_code = _fit(trainer, placement)
+    exit_code = _fit(trainer, first, deaths)
     console.done(_summary(trainer, run_dir, exit_code, time.monotonic() - started))
     return exit_code
+
+
+def _load_through_deaths(
+    config: Config,
+    first: Placement,
+    workers: RayWorkers | None,
+    total_steps: int,
+    run_dir: Path,
+    stop: Preemption,
+    console: Console,
+    deaths: _Deaths,
+) -> tuple[Placement, WorkerGroup]:
+    """Load the model on the workers that were placed as `first`; those that die at it are started again.
+
+    What a worker raises itself (a model that cannot be read, too little memory) would come again each time, and ends the run.
+    """
+    placement = first
+    while True:
+        try:
+            group = load_workers(config, placement, workers, total_steps, run_dir / LEASE_FILE, stop)
+            _tell_of_blind_nodes(workers, run_dir, console)
+            tight = group.memory_warning()
+            group.adapter_configs()  # asked for here, so that what comes before training asks nothing of the workers
+        except WorkerError as error:
+            console.warning(deaths.bear(error))
+            if workers is not None:
+                workers.close()
+            placement, workers = place_workers_again(config, first, placement.world_size, run_dir, stop, console.note)
+            continue
+        if tight is not None:
+            console.warning(tight)
+        return placement, group
 
 
 def _tell_of_blind_nodes(workers: RayWorkers | None, run_dir: Path, console: Console) -> None:
@@ -176,11 +226,11 @@ def _tell_of_blind_nodes(workers: RayWorkers | None, run_dir: Path, console: Con
         )
 
 
-def _fit(trainer: AgentLightningTrainer, placement: Placement) -> int:
+def _fit(trainer: AgentLightningTrainer, first: Placement, deaths: _Deaths) -> int:
     """Train, and end what was started, whatever happens."""
     exit_code, how = 1, "failed"
     try:
-        exit_code, how = _fit_through_deaths(trainer, placement)
+        exit_code, how = _fit_through_deaths(trainer, first, deaths)
     except Exception:
         _keep_what_is_finished(trainer)
         raise
@@ -205,33 +255,32 @@ def _keep_what_is_finished(trainer: AgentLightningTrainer) -> None:
         trainer.console.warning(str(error))
 
 
-def _fit_through_deaths(trainer: AgentLightningTrainer, placement: Placement) -> tuple[int, Ending]:
+def _fit_through_deaths(trainer: AgentLightningTrainer, first: Placement, deaths: _Deaths) -> tuple[int, Ending]:
     """Train; workers that die are started again, a request to leave is answered by a save. The exit code, and how it went.
 
-    `placement` is how the run has begun. A node that is drained is left in time, which counts as no death.
+    `first` is how the run has begun, `deaths` those it has borne.
     """
-    limit, deaths, alive = trainer.config.trainer.max_restarts, 0, True
+    alive = True
     try:
         while True:
             try:
                 if not alive:
-                    _start_workers_again(trainer, placement)
+                    _start_workers_again(trainer, first)
                 alive = True
                 trainer.fit()
                 return 0, "finished"
             except NodeDrained as notice:
                 alive = False
-                trainer.console.warning(f"{notice}; the workers are started again elsewhere")
+                trainer.console.warning(deaths.bear(notice))
                 _keep_what_is_finished(trainer)
                 trainer.settle()
             except WorkerError as error:
-                deaths, alive = deaths + 1, False
+                alive = False
                 trainer.settle()
-                if deaths > limit:
-                    raise
+                words = deaths.bear(error)
                 with _harmless("attempts.jsonl", trainer.console):
                     trainer.checkpoints.history.worker_died()
-                trainer.console.warning(f"{error}\nstarting the workers again, {deaths} of trainer.max_restarts={limit}")
+                trainer.console.warning(words)
     except Preempted as reason:
         step = trainer.leave()
         what = f"the state after step {step} is durable" if step else "no step was finished"
@@ -267,15 +316,18 @@ def _harmless(what: str, console: Console) -> Iterator[None]:
         console.warning(f"{what} could not be written: {error}")
 
 
-def _begin_history(checkpoints: CheckpointManager, attempt: int, console: Console) -> None:
+def _begin_history(checkpoints: CheckpointManager, attempt: int, deaths: int, console: Console) -> None:
+    """`deaths`: of workers, before there was an attempt to note them for."""
     previous = checkpoints.lease.previous
     with _harmless("attempts.jsonl", console):
         checkpoints.history.begin(attempt, previous.last_beat if previous is not None else None)
+        for _ in range(deaths):
+            checkpoints.history.worker_died()
 
 
 def _summary(trainer: AgentLightningTrainer, run_dir: Path, exit_code: int, seconds: float) -> Summary:
     config, history = trainer.config, trainer.tracking.history
-    saved = trainer.checkpoints.last or trainer.loaded
+    saved = trainer.checkpoints.last or trainer.resume_info
     return Summary(
         run_dir=run_dir,
         step=trainer.state.global_step,

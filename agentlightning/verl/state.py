@@ -6,7 +6,8 @@ There is no random state among it: order and samples are pure functions of (seed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ _ADAPTER = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _OPTIMIZER = "optimizer-"  # -0000i-of-0000n.safetensors: as many files as workers wrote them
 _TRAINER_STATE = "trainer_state.json"
+_VERSION = "workers_version"  # the actor's, beside the trainer's own state
 _VALUE_HEAD = "critic/value_head.safetensors"
 
 
@@ -48,19 +50,29 @@ def checkpoint_files(
 ) -> CheckpointFiles:
     """Everything one checkpoint holds: the workers' tensors in `parts`, the adapters' configurations, the trainer's state."""
     documents: dict[str, Any] = {f"{name}/{_CONFIG}": dict(config) for name, config in configs.items()}
-    documents[_TRAINER_STATE] = {"workers_version": trainer.global_step, **asdict(trainer)}
+    documents[_TRAINER_STATE] = {_VERSION: trainer.global_step, **asdict(trainer)}
     return CheckpointFiles({}, parts=parts, json=documents, fingerprint=fingerprint, extra=extra)
 
 
-def restore(loaded: LoadedCheckpoint, uses_critic: bool) -> tuple[WorkerState, TrainerState]:
-    """The states that `checkpoint_files` was given. Raises `CheckpointError` if a part is missing."""
-    try:
-        document = dict(loaded.json[_TRAINER_STATE])
-        version = document.pop("workers_version")
-        actor = _adapter(loaded, "actor")
+def worker_state(loaded: LoadedCheckpoint, uses_critic: bool) -> WorkerState:
+    """What the workers put in. Raises `CheckpointError` if a part is missing."""
+    with _of_this_trainer(loaded, uses_critic):
+        version, actor = loaded.json[_TRAINER_STATE][_VERSION], _adapter(loaded, "actor")
         if not uses_critic:
-            return WorkerState(version, actor), TrainerState(**document)
-        return WorkerState(version, actor, _adapter(loaded, "critic"), loaded.tensors[_VALUE_HEAD]), TrainerState(**document)
+            return WorkerState(version, actor)
+        return WorkerState(version, actor, _adapter(loaded, "critic"), loaded.tensors[_VALUE_HEAD])
+
+
+def trainer_state(loaded: LoadedCheckpoint) -> TrainerState:
+    """What the trainer put in. Raises `CheckpointError` if it has other fields."""
+    with _of_this_trainer(loaded, uses_critic=False):
+        return TrainerState(**{key: value for key, value in loaded.json[_TRAINER_STATE].items() if key != _VERSION})
+
+
+@contextmanager
+def _of_this_trainer(loaded: LoadedCheckpoint, uses_critic: bool) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{loaded.path} is whole, but not of this trainer and configuration: {error}; expected {_TRAINER_STATE}, actor/"

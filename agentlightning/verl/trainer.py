@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from agentlightning.algorithms.kl import AdaptiveKLController, FixedKLController
 from agentlightning.checkpoint.lease import LeaseLostError
 from agentlightning.checkpoint.manager import METRICS, CheckpointManager
 from agentlightning.checkpoint.preemption import Preemption
+from agentlightning.checkpoint.retention import name_of
 from agentlightning.checkpoint.store import CheckpointFiles, LoadedCheckpoint, PartWriter
 from agentlightning.checkpoint.writer import Outcome
 from agentlightning.errors import CheckpointError, NumericsError, WorkerError
@@ -46,22 +47,14 @@ from agentlightning.verl.metrics import (
     tokens_of_phase,
 )
 from agentlightning.verl.rewards import RewardResult, Rewards
+from agentlightning.verl.run_client import RunClient
 from agentlightning.verl.schema import AlgorithmConfig, Config
-from agentlightning.verl.state import TrainerState, checkpoint_files, restore
+from agentlightning.verl.state import TrainerState, checkpoint_files, trainer_state
 from agentlightning.verl.tracking import Tracking
 from agentlightning.verl.tracking_samples import GenerationSample, choose_samples
 from agentlightning.workers.group import WorkerGroup
 
 _SLOW_DISK = 50e6  # bytes a second that a save is expected to take before one was measured
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """The last finished step: what its checkpoint holds, with the tensors in a host buffer of the workers."""
-
-    step: int
-    files: CheckpointFiles
-    buffer: int
 
 
 class AgentLightningTrainer:
@@ -86,11 +79,11 @@ class AgentLightningTrainer:
     ) -> None:
         self.config, self.group, self.rewards = config, group, rewards
         self.train_data, self.val_prompts = train_data, val_prompts
-        self.checkpoints, self.loaded = checkpoints, loaded
+        self.checkpoints, self.resume_info = checkpoints, loaded
+        self.training_client = RunClient(group, checkpoints, loaded, config.uses_critic)
         self.tracking, self.console = tracking, console
         self.total_steps, self.fingerprint, self.facts, self.stop = total_steps, fingerprint, facts, stop
         self.adapter_configs = group.adapter_configs()
-        self.finished: _Finished | None = None
         self.shown_interval = 0
         self.journals = StepJournals(checkpoints.root, config.actor_rollout_ref.rollout.journal, fingerprint["breaking"])
         self.state = TrainerState()
@@ -120,8 +113,8 @@ class AgentLightningTrainer:
 
     def validate_only(self) -> None:
         """What `trainer.val_only` is for: the figures under the adapter that was found, and nothing in the run changed."""
-        if self.loaded is not None:
-            self._restore(self.loaded)
+        if self.resume_info is not None:
+            self._load_state(self.resume_info)
         step = self.state.global_step
         self.console.note(f"validation at step {step}: {core_validation(self._validate(step, {}))}")
 
@@ -131,16 +124,17 @@ class AgentLightningTrainer:
         That state lies in a host buffer, so nothing has to be waited for. Raises `CheckpointError` if it cannot be saved.
         """
         self._hear_of_saves(self.checkpoints.drain())
-        if self.finished is not None and not self.checkpoints.is_safe(self.finished.step):
-            self.checkpoints.start_save(self.finished.step, self.finished.files, self.finished.buffer)
+        finished = self.training_client.snapshot
+        if finished is not None and not self.checkpoints.is_safe(finished.step):
+            self._save_checkpoint(finished.step)
             self._finish_saving()
-        durable = self.checkpoints.last or self.loaded
+        durable = self.checkpoints.last or self.resume_info
         self.state.global_step = durable.step if durable is not None else 0
         return self.state.global_step
 
     def settle(self) -> None:
         """Hear of the saves in flight when workers died, and of those that died with them."""
-        self.finished = None  # what it stands for is gone
+        self.training_client.snapshot = None  # what it stands for is gone
         while True:
             try:
                 self._hear_of_saves(self.checkpoints.drain())
@@ -150,15 +144,17 @@ class AgentLightningTrainer:
 
     def restart(self, group: WorkerGroup, loaded: LoadedCheckpoint | None) -> None:
         """Take over workers that know nothing yet; `fit` then goes on from `loaded`, or from the start."""
-        self.group, self.loaded, self.finished = group, loaded, None
+        self.group, self.resume_info = group, loaded
+        self.training_client = RunClient(group, self.checkpoints, loaded, self.config.uses_critic)
         self.state = TrainerState()
         self.kl_controller = _kl_controller(self.config.algorithm)
         self.tracking.attempt += 1
 
     def _finish_saving(self) -> None:
         self._hear_of_saves(self.checkpoints.drain())
-        if self.checkpoints.failed is not None and self.finished is not None:  # no next step will try it again
-            self.checkpoints.start_save(self.finished.step, self.finished.files, self.finished.buffer)
+        finished = self.training_client.snapshot
+        if self.checkpoints.failed is not None and finished is not None:  # no next step will try it again
+            self._save_checkpoint(finished.step)
             self._hear_of_saves(self.checkpoints.drain())
         if self.checkpoints.failed is not None:
             raise CheckpointError(f"the last checkpoint could not be saved: {self.checkpoints.failed}")
@@ -337,20 +333,25 @@ class AgentLightningTrainer:
         return metrics
 
     def _load_checkpoint(self) -> None:
-        """Go on from the checkpoint that was found, if there is one."""
-        loaded = self.loaded
-        if loaded is None:
+        """Go on from the last checkpoint, if there is one."""
+        resume_info = self.resume_info
+        if resume_info is None:
             self.tracking.resume(0)
             return
-        self._restore(loaded)
+        self._load_state(resume_info)
         dropped = self.tracking.resume(self.state.global_step, self.state.metrics)
         again = f"; {dropped} later steps are done again" if dropped else ""
-        self.console.note(f"resumed from {loaded.path}: {self.state.global_step} of {self.total_steps} steps are done{again}")
+        done = f"{self.state.global_step} of {self.total_steps} steps are done"
+        self.console.note(f"resumed from {resume_info.path}: {done}{again}")
 
-    def _restore(self, loaded: LoadedCheckpoint) -> None:
-        workers, self.state = restore(loaded, self.config.uses_critic)
-        self.group.load_state(workers)
+    def _load_state(self, resume_info: LoadedCheckpoint) -> None:
+        self.training_client.load_state(str(resume_info.path)).result()
+        self.state = trainer_state(resume_info)
         self.kl_controller.load_state_dict(self.state.kl_ctrl)
+
+    def _save_checkpoint(self, step: int) -> None:
+        """Have the snapshot of `step` written behind what comes next, and its record after it; `_hear_of_saves` tells."""
+        self.training_client.save_state(name_of(step))
 
     def _keep(self, step: int, is_last: bool, metrics: dict[str, Any], timing_raw: dict[str, float]) -> None:
         """Copy the state after `step` into a host buffer, and have it written if it is time.
@@ -358,7 +359,7 @@ class AgentLightningTrainer:
         The copy is made whether it is time or not: whoever is told to leave in the middle of the next step can save this one.
         """
         self._hear_of_saves(self.checkpoints.collect())
-        durable = self.checkpoints.last or self.loaded
+        durable = self.checkpoints.last or self.resume_info
         self.journals.forget(durable.step if durable is not None else 0, step)
         saving = self.checkpoints.should_save(step, is_last)
         timer = "save_checkpoint" if saving else "snapshot"
@@ -366,11 +367,10 @@ class AgentLightningTrainer:
             buffer = self.checkpoints.free_buffer()
             copied = time.perf_counter()
             with self.stop.deferred():
-                parts = self.group.snapshot(buffer)
-                self.stop.expect_save(parts.bytes / _SLOW_DISK)
-                self.finished = _Finished(step, self._checkpoint_files(step, metrics, parts), buffer)
+                files_with = partial(self._checkpoint_files, step, metrics)
+                self.stop.expect_save(self.training_client.take_snapshot(step, buffer, files_with) / _SLOW_DISK)
             if saving:
-                self.checkpoints.start_save(step, self.finished.files, buffer)
+                self._save_checkpoint(step)
         blocked_s = time.perf_counter() - copied
         self.checkpoints.observe(timing_raw["step"], blocked_s if saving else None)
         metrics |= compute_timing_metrics({timer: timing_raw[timer]}, {}) | {"checkpoint/age_s": self.checkpoints.age_s}

@@ -53,7 +53,13 @@ RULES = {  # the longest name that fits a module holds for it
     "workers.actor": Rule((*WORKER_BASICS, "models", "algorithms", "types", "errors")),
     "workers.critic": Rule((*WORKER_BASICS, "workers.actor", "models", "algorithms", "types", "errors")),
     # models.chat is the tokenizer, which the controller needs as well; the model code stays with the workers.
-    "verl": Rule(("verl", "workers", "models.chat", "rewards", "algorithms", "checkpoint", "types", "errors", VERSION)),
+    # From tinker the words alone: the trainer's client answers as a loop's own does.
+    "verl": Rule(
+        (
+            *("verl", "workers", "models.chat", "rewards", "algorithms", "checkpoint", "types", "errors", VERSION),
+            *("tinker.futures", "tinker.types"),
+        )
+    ),
     # Doors two and three. What a loop of one's own imports (types, clients) must be light; the engine holds the model code.
     "tinker": Rule(("tinker", "workers", "rollout", "models", "algorithms", "checkpoint", "types", "errors", VERSION)),
     "tinker.types": Rule((), ("numpy", "torch")),  # torch for type checkers alone, see test_light_imports
@@ -71,7 +77,7 @@ RULES = {  # the longest name that fits a module holds for it
 # DESIGN lets only verl/entrypoint import verl/trainer; verl/launch is the entrypoint's heavy half, which it alone may import.
 ONLY_IMPORTER = {"verl.trainer": "verl.launch", "verl.launch": "verl.entrypoint"}
 # What a worker holds (Actor, Critic, Engine) runs under a debugger without it.
-KNOW_RAY = ("workers.ray_backend", "workers.ray_cluster", "verl", "tinker.ray_engine")
+KNOW_RAY = ("workers.ray_backend", "workers.ray_cluster", "workers.signs_of_life", "verl", "tinker.ray_engine")
 
 
 # ---- the checks: a folder that holds the package goes in, one line for each fault comes out

@@ -32,7 +32,7 @@ from agentlightning.verl.batching import MiniBatchPlan, make_batch
 from agentlightning.verl.config import load_config
 from agentlightning.verl.fingerprint import check_config, run_fingerprint
 from agentlightning.verl.launch import launch
-from agentlightning.verl.state import TrainerState, checkpoint_files, restore
+from agentlightning.verl.state import TrainerState, checkpoint_files, worker_state
 from agentlightning.workers.messages import WorkerState
 from agentlightning.workers.settings import ActorSettings, OptimSettings, RolloutSettings, WorkerSettings
 from agentlightning.workers.worker import Worker
@@ -441,7 +441,7 @@ def trained(batch: Batch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def resumed(root: Path) -> WorkerState:
-    return restore(load(root / "global_step_1"), uses_critic=False)[0]
+    return worker_state(load(root / "global_step_1"), uses_critic=False)
 
 
 def equal(mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> bool:
