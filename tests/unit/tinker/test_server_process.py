@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -12,9 +13,11 @@ from typing import ClassVar
 
 import httpx
 import pytest
+import uvicorn
 from serving import forward_backward
 
 from agentlightning.cli import main
+from agentlightning.tinker.server.serve import bound
 from agentlightning.tinker.server.status import fetch_state
 
 SCRIPT = Path(__file__).with_name("serve_fake.py")
@@ -99,6 +102,25 @@ def test_two_servers_do_not_share_a_root_or_a_port(tmp_path: Path):
         assert done.returncode == 1
         assert "UserError" in done.stderr
     assert server.end(signal.SIGINT) == 0
+
+
+def test_a_reply_does_not_wait_for_the_clients_acknowledgement():
+    """Head and body are two writes: with Nagle's algorithm the second one would leave 40 ms behind the first."""
+
+    async def main() -> int:
+        accepted: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+
+        async def take(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result(writer.get_extra_info("socket"))
+
+        address = bound(uvicorn.Config(main, host="127.0.0.1", port=free_port(), log_config=None))
+        async with await asyncio.start_server(take, sock=address):
+            _, writer = await asyncio.open_connection(*address.getsockname())
+            no_delay = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+        return no_delay
+
+    assert asyncio.run(main()) != 0
 
 
 @pytest.mark.parametrize(
