@@ -97,7 +97,7 @@ def place_workers(
     grows = joins_cluster(config.ray_kwargs.ray_init)
     placement = choose_placement(config, cluster_gpus(), cores, grows)
     group = reserve(placement.demand, stop, say, config.trainer.resources_timeout_s, grows)
-    return placement, _start_workers(config, placement, group, run_dir, stop)
+    return placement, _start_workers(config, placement, group, run_dir, stop, say)
 
 
 def place_workers_again(
@@ -116,7 +116,7 @@ def place_workers_again(
     worth_waiting = last == first.world_size or room(demand, living_nodes()) >= demand.groups
     try:
         group = reserve(demand, stop, say, trainer.resize_timeout_s if worth_waiting else 0.0, grows=True)
-        return first, _start_workers(config, first, group, run_dir, stop)
+        return first, _start_workers(config, first, group, run_dir, stop, say)
     except NotPlacedError:
         fewer = [number for number in range(first.world_size - 1, 0, -1) if _suits(config, number)]
         demand, group = reserve_what_is_there(demand, fewer, stop, say, trainer.resources_timeout_s)
@@ -126,7 +126,7 @@ def place_workers_again(
             f"going on with {placement.world_size} of {first.world_size} workers: no room for all of them within "
             f"{trainer.resize_timeout_s:g} s (trainer.resize_timeout_s)"
         )
-    return placement, _start_workers(config, placement, group, run_dir, stop)
+    return placement, _start_workers(config, placement, group, run_dir, stop, say)
 
 
 def _suits(config: Config, world_size: int) -> bool:
@@ -138,7 +138,9 @@ def _suits(config: Config, world_size: int) -> bool:
     return True
 
 
-def _start_workers(config: Config, placement: Placement, group: PlacementGroup, run_dir: Path, stop: Preemption) -> RayWorkers:
+def _start_workers(
+    config: Config, placement: Placement, group: PlacementGroup, run_dir: Path, stop: Preemption, say: Callable[[str], None]
+) -> RayWorkers:
     from agentlightning.workers.ray_backend import RayWorkers
 
     demand = placement.demand
@@ -150,6 +152,7 @@ def _start_workers(config: Config, placement: Placement, group: PlacementGroup, 
         stop,
         group=(demand, group),
         timeout_s=config.trainer.worker_timeout_s,
+        say=say,
     )
 
 

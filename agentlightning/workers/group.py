@@ -100,6 +100,7 @@ class WorkerGroup:
         self.world_size = backend.world_size
         self.logical_shards, self.decode_by_shard = logical_shards, decode_by_shard
         self._writers: list[int] = [0]
+        self._adapter_configs: dict[str, dict[str, Any]] | None = None
 
     def generate(
         self,
@@ -183,7 +184,10 @@ class WorkerGroup:
 
     def adapter_configs(self) -> dict[str, dict[str, Any]]:
         """PEFT's adapter_config.json of `actor` and, where it has an adapter of its own, `critic`."""
-        return self.backend.call_first("adapter_configs")
+        if self._adapter_configs is None:  # they never change
+            self._adapter_configs = self.backend.call_first("adapter_configs")
+        assert self._adapter_configs is not None
+        return self._adapter_configs
 
     def snapshot(self, buffer: int) -> SnapshotWriter:
         """Copy the state as it is now into host buffer 0 or 1, each writer its share; returns what writes it out later."""
@@ -196,6 +200,13 @@ class WorkerGroup:
     def load_state(self, state: WorkerState) -> None:
         """All workers go on from `state`."""
         self._same("load_state", state)
+
+    def memory_warning(self) -> str | None:
+        """What the workers had to say, before they loaded the base, about a step that may not fit; None where it will."""
+        warnings = [warning for warning in self._same("memory_warning") if warning is not None]
+        if not warnings:
+            return None
+        return warnings[0] + (f" (so on {len(warnings)} of {self.world_size} workers)" if self.world_size > 1 else "")
 
     def memory_gb(self) -> tuple[float, float]:
         """Largest peak of device memory, and largest resident memory, of a worker, in GiB."""

@@ -7,7 +7,6 @@ of the Llama and Qwen kind (the tests compare it with what autograd keeps); it i
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,6 @@ from agentlightning.errors import UserError
 from agentlightning.types import MicroBatches
 from agentlightning.workers.settings import WorkerSettings
 
-log = logging.getLogger(__name__)
 _SURELY_TOO_MUCH = 1.25  # times the memory there is
 _LOGITS_AT_ONCE = 1 << 25  # elements: see `models.logprobs`
 _GIB = 2**30

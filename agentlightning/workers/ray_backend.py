@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from datetime import timedelta
@@ -36,15 +36,15 @@ from agentlightning.workers.ray_cluster import (
     ProcessId,
     draining_nodes,
     end_process,
-    mark_session,
+    mark_owner,
     own_session,
     remove_session,
     reserve,
 )
+from agentlightning.workers.signs_of_life import BESIDE, IDLE, SignsOfLife, beside
 
 _PLACEMENT_TIMEOUT_S = 60.0
 _LOG_LINES = 12
-_BESIDE = "beside"  # Ray's concurrency group for what must answer while a worker computes: saving, and signs of life
 _MANY = 8  # workers from which on an argument that all of them get is worth an object of its own
 _LOOK_S = 0.2  # how often a wait looks whether the run shall leave
 _PING_S = 10.0
@@ -83,6 +83,11 @@ class WorkerActor:
 
         assert agentlightning.workers.worker
 
+    def start(self, settings: Any) -> None:
+        """`build`, in sight of `stack`."""
+        with self._in_sight():
+            self.build(settings)
+
     def build(self, settings: Any) -> None:
         """Make `self.worker`, whose methods `call` calls."""
         from agentlightning.workers.worker import Worker
@@ -91,9 +96,14 @@ class WorkerActor:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What that method of the worker says."""
+        with self._in_sight():
+            return getattr(self.worker, method)(*arguments)
+
+    @contextlib.contextmanager
+    def _in_sight(self) -> Iterator[None]:
         self._calling = threading.get_ident()
         try:
-            return getattr(self.worker, method)(*arguments)
+            yield
         finally:
             self._calling = None
 
@@ -117,7 +127,7 @@ class WorkerActor:
     def stack(self) -> str:
         """Where the thread that computes is now."""
         frame = sys._current_frames().get(self._calling or 0)
-        return "".join(traceback.format_stack(frame)[-_STACK_FRAMES:]) if frame is not None else "  (idle)\n"
+        return "".join(traceback.format_stack(frame)[-_STACK_FRAMES:]) if frame is not None else IDLE
 
     def wait_for_signal(self) -> int:
         """The number of the signal that this process was sent; waits until there is one."""
@@ -162,36 +172,12 @@ def _listen_for_signals() -> Future[int]:
     return signalled
 
 
-class _SignsOfLife:
-    """Asks workers now and then whether they live: a busy one answers from a thread beside, a stopped one does not."""
-
-    def __init__(self, actors: Sequence[Any], timeout_s: float) -> None:
-        self.actors = actors
-        self.every_s = min(_PING_S, timeout_s / 4)
-        self.patience_s = timeout_s - self.every_s
-        self.asked: list[Any] = []
-        self.asked_at = time.monotonic()
-
-    def silent(self) -> list[int]:
-        """Ranks of those that have not answered for so long. The dead are found by whoever waits for their answer."""
-        now = time.monotonic()
-        if not self.asked:
-            if now - self.asked_at >= self.every_s:
-                self.asked, self.asked_at = [_beside(actor.ping).remote() for actor in self.actors], now
-            return []
-        _, late = ray.wait(self.asked, num_returns=len(self.asked), timeout=0)
-        if not late:
-            self.asked = []
-        elif now - self.asked_at >= self.patience_s:
-            return [rank for rank, reference in enumerate(self.asked) if reference in late]
-        return []
-
-
 class RayWorkers:
     """A group of worker processes. They start to import at once; `build` loads the model and waits for it.
 
     `stop` is looked at while the controller waits, and told when a worker is sent a signal, or this node is about to leave. A
-    worker that is silent for `timeout_s`, or waits so long for another one, ends the call as a dead one does.
+    worker that is silent for `timeout_s`, or waits so long for another one, ends the call as a dead one does. Of one that lives
+    and stands still for so long (a tool of the user's that waits for ever) `say` is told: what is slow is not killed.
     """
 
     def __init__(
@@ -204,11 +190,13 @@ class RayWorkers:
         process: type[WorkerActor] = WorkerActor,
         group: tuple[Demand, PlacementGroup] | None = None,
         timeout_s: float = 600.0,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`group` is what was reserved for the workers; without it, places are reserved wherever there is room."""
         self.world_size = world_size
         self.stop = stop
         self.timeout_s = timeout_s
+        self.say = say
         self.log_paths = [log_dir / f"worker_{rank}.log" for rank in range(world_size)]
         log_dir.mkdir(parents=True, exist_ok=True)
         if group is None:
@@ -218,7 +206,7 @@ class RayWorkers:
         self.node_id = ray.get_runtime_context().get_node_id()
         self.nodes_at = time.monotonic()
         remote = ray.remote(  # pyright: ignore[reportCallIssue] - its stubs do not know concurrency groups
-            num_gpus=gpus_per_worker, num_cpus=cpus_per_worker, concurrency_groups={_BESIDE: 4}
+            num_gpus=gpus_per_worker, num_cpus=cpus_per_worker, concurrency_groups={BESIDE: 4}
         )(process)
         self.actors: list[Any] = [
             remote.options(
@@ -228,15 +216,15 @@ class RayWorkers:
             ).remote(str(path))
             for rank, path in enumerate(self.log_paths)
         ]
-        self._identities = [_beside(actor.identity).remote() for actor in self.actors]
+        self._identities = [beside(actor.identity).remote() for actor in self.actors]
         for actor in self.actors:
             actor.load_libraries.remote()
-        signals = [_beside(actor.wait_for_signal).remote() for actor in self.actors]
+        signals = [beside(actor.wait_for_signal).remote() for actor in self.actors]
         threading.Thread(target=self._hear_of_signals, args=(signals,), name=_LISTENER, daemon=True).start()
 
     def build(self, settings: Any) -> None:
         """Load the model on every worker, and connect them if there are several. `settings` are what a process builds from."""
-        self._wait([actor.build.remote(settings) for actor in self.actors])
+        self._wait([actor.start.remote(settings) for actor in self.actors])
         if self.world_size > 1:
             [address] = self._wait([self.actors[0].free_address.remote()])
             self.call("connect", [(rank, self.world_size, address) for rank in range(self.world_size)])
@@ -254,9 +242,9 @@ class RayWorkers:
 
     def call_beside(self, method: str, ranks: Sequence[int], *arguments: Any) -> list[Any]:
         """See `Backend`. Not interrupted by `stop`: what is being saved is finished."""
-        beside = [_beside(self.actors[rank].call_beside).remote(method, *arguments) for rank in ranks]
+        references = [beside(self.actors[rank].call_beside).remote(method, *arguments) for rank in ranks]
         try:
-            return self._answers(beside, lambda: None)
+            return self._answers(references, lambda: None)
         except RayTaskError as error:
             raise _cause(error) from None
         except RayError as error:
@@ -305,7 +293,7 @@ class RayWorkers:
 
     def _answers(self, references: Sequence[Any], look_around: Callable[[], None]) -> list[Any]:
         """The answers, in order. `look_around` may end the wait; a worker that is silent for too long does."""
-        life, pending = _SignsOfLife(self.actors, self.timeout_s), list(references)
+        life, pending = SignsOfLife(self.actors, self.timeout_s), list(references)
         while pending:
             # All at once: asked for one by one, a thousand answers take ten times as long. An error is seen within _LOOK_S.
             ready, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK_S)
@@ -314,6 +302,11 @@ class RayWorkers:
             silent = life.silent()
             if silent:
                 raise self._gave_up_on(silent, f"no sign of life for {self.timeout_s:g} s (trainer.worker_timeout_s)")
+            for rank in life.stuck():
+                self.say(
+                    f"worker {rank} ({self._identity(rank)}) lives, but stands at one line for {self.timeout_s:g} s "
+                    f"(trainer.worker_timeout_s); it is waited for. It is in:\n{life.places[rank].stack}"
+                )
         return ray.get(list(references))
 
     def _look_around(self) -> None:
@@ -346,7 +339,7 @@ class RayWorkers:
 
     def _stacks(self, ranks: Sequence[int]) -> str:
         """Where those workers are that still answer: what they wait in."""
-        asked = {_beside(self.actors[rank].stack).remote(): rank for rank in ranks[:4]}
+        asked = {beside(self.actors[rank].stack).remote(): rank for rank in ranks[:4]}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_STACK_S) if asked else ([], [])
         try:
             return "".join(f"worker {asked[answer]} is in:\n{ray.get(answer)}" for answer in ready)
@@ -355,7 +348,7 @@ class RayWorkers:
 
     def _demand_that_all_live(self, error: RayTaskError) -> None:
         """Raise `WorkerError` if one is dead or silent: what another one says then (a broken connection) is not the cause."""
-        pings = [_beside(actor.ping).remote() for actor in self.actors]
+        pings = [beside(actor.ping).remote() for actor in self.actors]
         ready, silent = ray.wait(pings, num_returns=len(pings), timeout=_PING_S)
         if silent:
             raise self._gave_up_on([pings.index(ping) for ping in silent], f"silent; another one says: {_first_words(error)}")
@@ -386,11 +379,6 @@ class RayWorkers:
         return "\n".join(tails)
 
 
-def _beside(method: Any) -> Any:
-    """That method of an actor, in a thread beside the one that computes."""
-    return method.options(concurrency_group=_BESIDE)
-
-
 def joins_cluster(init: Mapping[str, Any]) -> bool:
     """Whether `start_ray` joins a cluster that others have started, and that may grow."""
     return bool(os.environ.get("RAY_ADDRESS")) or "address" in init
@@ -413,8 +401,9 @@ def start_ray(init: Mapping[str, Any], cpus: int) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": False,
     }
+    usual: str = ray._common.utils.get_default_ray_temp_dir()  # pyright: ignore
+    mark_owner(Path({"_temp_dir": usual, **init}["_temp_dir"]))
     ray.init(**{**defaults, **init})
-    mark_session(own_session())
 
 
 def _join(init: Mapping[str, Any]) -> None:

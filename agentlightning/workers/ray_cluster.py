@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,7 @@ _SAY_AFTER_S = 3.0  # a free place is found sooner
 _SAY_EVERY_S = 30.0
 _SMALLER_S = 15.0  # for places that are free as far as Ray knows
 _END_PROCESS_S = 20.0
-_OWNER = "agentlightning_owner"  # in the folder of a cluster that a run has started: whose it is
+_OWNER = "agentlightning_owner_"  # beside the sessions of clusters that a run has started, with its process's number
 
 
 class NotPlacedError(ConfigError):
@@ -158,30 +159,55 @@ def own_session() -> Path:
     return Path(node.get_session_dir_path())
 
 
-def mark_session(session: Path) -> None:
-    """Write down that the cluster of `session` is this process's own; remove those whose owner was killed before it could."""
+def mark_owner(folder: Path) -> None:
+    """Write down in Ray's `folder` that this process is about to start a cluster there, and remove what those left that were
+    killed before they could: the sessions, and what says whose they are.
+
+    Before the start, so that no moment is left in which a killed run would leave a session of which nobody knows whose it was.
+    """
     process = psutil.Process()
-    (session / _OWNER).write_text(f"{process.pid} {process.create_time()}")
-    for owner in session.parent.glob(f"session_*/{_OWNER}"):
-        if not owner.parent.is_symlink() and not _owner_lives(owner):
-            shutil.rmtree(owner.parent, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for owner in folder.glob(f"{_OWNER}*"):
+        if not _owner_lives(owner):
+            for session in _sessions_of(owner):
+                shutil.rmtree(session, ignore_errors=True)
+            owner.unlink(missing_ok=True)
+    (folder / f"{_OWNER}{process.pid}").write_text(f"{process.pid} {process.create_time()}")
 
 
 def remove_session(session: Path) -> None:
     """Remove that folder if this process has started its cluster; one that was joined stays."""
-    try:
-        pid = int((session / _OWNER).read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return
-    if pid == os.getpid():
+    owner = session.parent / f"{_OWNER}{os.getpid()}"
+    if owner.is_file() and session in _sessions_of(owner):
         shutil.rmtree(session, ignore_errors=True)
+        owner.unlink(missing_ok=True)
+
+
+def _sessions_of(owner: Path) -> list[Path]:
+    """Ray names a session by its beginning and by who began it; a number of a process may come again."""
+    pid, started = _process_of(owner)
+    sessions = owner.parent.glob(f"session_*_{pid}")
+    return [session for session in sessions if not session.is_symlink() and _began(session) >= started - 1]
+
+
+def _began(session: Path) -> float:
+    """Seconds since the epoch; `session_2026-11-25_15-41-17_180508_17550` says local time. 0 where it says something else."""
+    try:
+        return datetime.strptime(session.name.rpartition("_")[0], "session_%Y-%m-%d_%H-%M-%S_%f").timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _process_of(owner: Path) -> tuple[int, float]:
+    pid, started = owner.read_text().split()
+    return int(pid), float(started)
 
 
 def _owner_lives(owner: Path) -> bool:
     """Also where it cannot be made out."""
     try:
-        pid, started = owner.read_text().split()
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1
+        pid, started = _process_of(owner)
+        return abs(psutil.Process(pid).create_time() - started) < 1
     except psutil.NoSuchProcess:
         return False
     except (OSError, ValueError, psutil.Error):

@@ -7,7 +7,6 @@ that enters or leaves is numpy, so that a call costs no more than its bytes.
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -38,8 +37,6 @@ from agentlightning.workers.preflight import available_memory, check_memory, est
 from agentlightning.workers.settings import WorkerSettings
 from agentlightning.workers.shards import ADAPTER_FILE, StateTensors, share_of_state
 
-log = logging.getLogger(__name__)
-
 
 def _nobody_asks() -> None:
     """Nobody asks this worker to stop in the middle of a call."""
@@ -53,7 +50,7 @@ class Worker:
         torch.set_num_threads(settings.num_threads)
         self.settings = settings
         self.device = torch.device(settings.device)
-        self._look_at_memory()
+        self._memory_warning = self._look_at_memory()
         # A base that is to be sharded may not fit the device: its layers go there one by one, when the workers are connected.
         where = torch.device("cpu") if settings.sharded_base else self.device
         base = load_base(
@@ -238,6 +235,10 @@ class Worker:
             self.critic.optimizer.load_state(state.critic.optimizer)
         self.update_weights(state.version)
 
+    def memory_warning(self) -> str | None:
+        """What there was to say, before the base was loaded, about a step that may not fit; None where it will."""
+        return self._memory_warning
+
     def memory_gb(self) -> tuple[float, float]:
         """Peak of allocated device memory and present resident memory of this process, in GiB."""
         import psutil
@@ -245,20 +246,18 @@ class Worker:
         device = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
         return device, psutil.Process().memory_info().rss / 2**30
 
-    def _look_at_memory(self) -> None:
-        """Raise `UserError` where a step cannot fit, before the base is loaded; warn where it will be tight."""
+    def _look_at_memory(self) -> str | None:
+        """Raise `UserError` where a step cannot fit, before the base is loaded; a warning where it will be tight."""
         settings = self.settings
         config = load_model_config(settings.model_path, settings.trust_remote_code, settings.override_config)
         sizes = model_sizes(config.get_text_config().to_dict())
         if settings.longest is None or sizes is None:
-            return
+            return None
         dtype = resolve_dtype(settings.dtype, self.device)
         plain = dtype == torch.float32 and settings.quantization is None and not settings.sharded_base
         merged = plain if settings.rollout.merge_lora is None else settings.rollout.merge_lora
         estimate = estimate_memory(sizes, settings, dtype, settings.longest, merged)
-        warning = check_memory(estimate, available_memory(self.device), settings)
-        if warning is not None:
-            log.warning("%s", warning)
+        return check_memory(estimate, available_memory(self.device), settings)
 
     def _may_merge(self, base: PreTrainedModel) -> bool:
         """Whether the rollout is to decode on merged weights; by default where that is exact enough, and the base whole."""

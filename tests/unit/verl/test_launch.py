@@ -1,11 +1,10 @@
 """What a run does about workers that are gone, without workers."""
 
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 
-from agentlightning.errors import WorkerError
+from agentlightning.errors import ConfigError, WorkerError
 from agentlightning.verl import launch
 from agentlightning.verl.assembly import Placement
 from agentlightning.workers.cluster import NodeDrained
@@ -19,9 +18,7 @@ def trainer(monkeypatch):
     monkeypatch.setattr(launch, "place_workers_again", lambda *_: (FIRST, None))
     monkeypatch.setattr(launch, "load_workers", MagicMock())
     monkeypatch.setattr(launch, "_facts", lambda *_: [])
-    fake = MagicMock()
-    fake.config.trainer = SimpleNamespace(max_restarts=1)
-    return fake
+    return MagicMock()
 
 
 @pytest.mark.parametrize(
@@ -30,7 +27,7 @@ def trainer(monkeypatch):
 def test_only_a_death_counts_as_a_failure_of_the_run(trainer, error, failures):
     """A drained node cost no work: an interval between saves that shrinks for it would be chosen for the wrong reason."""
     trainer.fit.side_effect = [error, None]
-    assert launch._fit_through_deaths(trainer, FIRST) == (0, "finished")
+    assert launch._fit_through_deaths(trainer, FIRST, launch._Deaths(1)) == (0, "finished")
     assert trainer.restart.call_count == 1
     assert trainer.checkpoints.history.worker_died.call_count == failures
 
@@ -38,9 +35,61 @@ def test_only_a_death_counts_as_a_failure_of_the_run(trainer, error, failures):
 def test_more_deaths_than_allowed_end_the_run(trainer):
     trainer.fit.side_effect = [WorkerError("one"), WorkerError("two"), None]
     with pytest.raises(WorkerError, match="two"):
-        launch._fit_through_deaths(trainer, FIRST)
+        launch._fit_through_deaths(trainer, FIRST, launch._Deaths(1))
 
 
 def test_drained_nodes_are_left_as_often_as_they_come(trainer):
     trainer.fit.side_effect = [*[NodeDrained("again")] * 3, None]
-    assert launch._fit_through_deaths(trainer, FIRST) == (0, "finished")
+    assert launch._fit_through_deaths(trainer, FIRST, launch._Deaths(1)) == (0, "finished")
+
+
+# ---- while the model loads
+
+
+@pytest.fixture
+def load(monkeypatch, tmp_path):
+    """`load(outcomes, limit)`: each start of the workers ends as the next of `outcomes` says. Returns what was told."""
+
+    def run(outcomes: list, limit: int = 2) -> tuple[list[str], launch._Deaths]:
+        console, deaths, workers = MagicMock(), launch._Deaths(limit), MagicMock(blind_nodes=lambda _: [])
+        placed = MagicMock(return_value=(FIRST, workers))
+        monkeypatch.setattr(launch, "place_workers_again", placed)
+        monkeypatch.setattr(launch, "load_workers", MagicMock(side_effect=outcomes))
+        placement, group = launch._load_through_deaths(MagicMock(), FIRST, workers, 5, tmp_path, MagicMock(), console, deaths)
+        assert (placement, group) == (FIRST, outcomes[-1])
+        assert placed.call_count == workers.close.call_count == len(outcomes) - 1
+        return [call.args[0] for call in console.warning.call_args_list], deaths
+
+    return run
+
+
+def group_that_says(warning: str | None) -> MagicMock:
+    return MagicMock(memory_warning=lambda: warning)
+
+
+def test_workers_that_die_while_they_load_are_started_again(load):
+    said, deaths = load([WorkerError("one"), NodeDrained("node a is being drained"), WorkerError("two"), group_that_says(None)])
+    assert [words.split("\n")[-1] for words in said] == [
+        "starting the workers again, 1 of trainer.max_restarts=2",
+        "node a is being drained; the workers are started again elsewhere",
+        "starting the workers again, 2 of trainer.max_restarts=2",
+    ]
+    assert deaths.count == 2
+
+
+def test_a_death_in_training_counts_with_those_before(trainer):
+    deaths = launch._Deaths(2, count=2)
+    trainer.fit.side_effect = [WorkerError("the third"), None]
+    with pytest.raises(WorkerError, match="the third"):
+        launch._fit_through_deaths(trainer, FIRST, deaths)
+
+
+@pytest.mark.parametrize("error", [ConfigError("no tool"), ValueError("of the user's own")])
+def test_what_a_worker_raises_itself_while_it_loads_is_not_tried_again(load, error):
+    with pytest.raises(type(error), match=str(error)):
+        load([error, group_that_says(None)])
+
+
+def test_what_does_not_quite_fit_into_memory_is_told_once(load):
+    said, _ = load([WorkerError("one"), group_that_says("a step needs about 9 GiB")])
+    assert said[1:] == ["a step needs about 9 GiB"]

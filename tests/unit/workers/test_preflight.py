@@ -10,6 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from agentlightning.errors import UserError
 from agentlightning.models.adapters import Adapters
 from agentlightning.types import LoraShape, MicroBatches
+from agentlightning.workers import worker
+from agentlightning.workers.group import InProcess, WorkerGroup
 from agentlightning.workers.preflight import ModelSizes, check_memory, estimate_memory, model_sizes
 
 SIZES = ModelSizes(256, 3, 4, 2, 64, 768, 1000, tie_word_embeddings=False)
@@ -92,3 +94,40 @@ def test_a_base_that_is_too_large_is_named(settings):
 
 def test_a_model_of_another_kind_has_no_estimate():
     assert model_sizes({"n_embd": 64, "n_layer": 2}) is None
+
+
+class Answers:
+    """A back end of workers that have said this."""
+
+    def __init__(self, *said: str | None) -> None:
+        self.world_size, self.said = len(said), list(said)
+
+    def call(self, method: str, arguments: object) -> list[str | None]:
+        assert method == "memory_warning"
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ([None, None], None),
+        (["needs 9"], "needs 9"),
+        ([None, "needs 9, has 8.1", "needs 9, has 8.0"], "needs 9, has 8.1 (so on 2 of 3 workers)"),
+    ],
+)
+def test_the_controller_hears_of_it_once_however_many_workers_say_it(said, told):
+    assert WorkerGroup(Answers(*said)).memory_warning() == told
+
+
+def test_a_worker_keeps_its_warning_for_the_controller(base_path, monkeypatch):
+    settings = replace(worker_settings(base_path), longest=128)
+    room = []
+
+    def check(estimate, available, settings):
+        room.append(available)
+        return check_memory(estimate, int(estimate.peak * 0.9), settings)
+
+    monkeypatch.setattr(worker, "check_memory", check)
+    group = WorkerGroup(InProcess(settings, lambda: None))
+    assert room[0] > 0
+    assert str(group.memory_warning()).startswith("a step needs about ")

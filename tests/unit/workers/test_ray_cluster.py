@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -17,10 +19,11 @@ from agentlightning.verl.assembly import Placement, _suits, choose_placement
 from agentlightning.verl.config import load_config
 from agentlightning.verl.console import _shown
 from agentlightning.verl.rules import check_job_directory
-from agentlightning.workers import ray_backend, ray_cluster
+from agentlightning.workers import ray_cluster, signs_of_life
 from agentlightning.workers.cluster import Demand, Node, describe, fitting_workers, room, too_little
-from agentlightning.workers.ray_backend import RayWorkers, _SignsOfLife, joins_cluster
-from agentlightning.workers.ray_cluster import NotPlacedError, ProcessId, end_process, mark_session, remove_session
+from agentlightning.workers.ray_backend import RayWorkers, joins_cluster
+from agentlightning.workers.ray_cluster import NotPlacedError, ProcessId, end_process, mark_owner, remove_session
+from agentlightning.workers.signs_of_life import IDLE, SignsOfLife
 
 TWO_BY_EIGHT = Demand(groups=2, size=8, gpus=1, cpus=1)
 GPU_NODES = [Node("a", "10.0.0.1", 8, 64), Node("b", "10.0.0.2", 8, 64)]
@@ -227,10 +230,10 @@ def test_what_is_there_is_taken_one_less_at_a_time(placing, monkeypatch):
 
 
 class Beside:
-    """Stands for an actor whose pings are answered as `answers` says."""
+    """Stands for an actor that answers as `answers` says: None for no answer, or where it is."""
 
     def __init__(self, answers: dict, name: str) -> None:
-        self.answers, self.name, self.ping = answers, name, self
+        self.answers, self.name, self.stack = answers, name, self
 
     def options(self, concurrency_group: str):
         return self
@@ -241,14 +244,15 @@ class Beside:
 
 @pytest.fixture
 def two_workers(monkeypatch):
-    clock, answers = [0.0], {"a": True, "b": True}
-    monkeypatch.setattr(ray_backend.time, "monotonic", lambda: clock[0])
+    clock, answers = [0.0], {"a": IDLE, "b": IDLE}
+    monkeypatch.setattr(signs_of_life.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(
-        ray_backend.ray,
+        signs_of_life.ray,
         "wait",
         lambda refs, num_returns, timeout: ([r for r in refs if answers[r]], [r for r in refs if not answers[r]]),
     )
-    return _SignsOfLife([Beside(answers, "a"), Beside(answers, "b")], timeout_s=40.0), clock, answers
+    monkeypatch.setattr(signs_of_life.ray, "get", lambda refs: [answers[r] for r in refs])
+    return SignsOfLife([Beside(answers, "a"), Beside(answers, "b")], timeout_s=40.0), clock, answers
 
 
 def test_workers_that_answer_are_never_silent(two_workers):
@@ -260,7 +264,7 @@ def test_workers_that_answer_are_never_silent(two_workers):
 
 def test_a_worker_that_stops_answering_is_named_within_the_time_out(two_workers):
     life, clock, answers = two_workers
-    answers["b"] = False
+    answers["b"] = None
     noticed = next(second for second in range(1000) if clock.__setitem__(0, float(second)) or life.silent())
     assert 30 <= noticed <= 40
     assert life.silent() == [1]
@@ -268,14 +272,37 @@ def test_a_worker_that_stops_answering_is_named_within_the_time_out(two_workers)
 
 def test_one_late_answer_is_forgiven(two_workers):
     life, clock, answers = two_workers
-    answers["b"] = False
+    answers["b"] = None
     for second in range(0, 36):
         clock[0] = float(second)
         assert life.silent() == []
-    answers["b"] = True
+    answers["b"] = IDLE
     for second in range(36, 100):
         clock[0] = float(second)
         assert life.silent() == []
+
+
+def test_one_that_lives_and_stands_still_is_named_once_and_not_silent(two_workers):
+    life, clock, answers = two_workers
+    answers["b"] = "in tool, line 7"
+    named = []
+    for second in range(200):
+        clock[0] = float(second)
+        answers["a"] = f"in forward, line {second // 30}"  # slow, but it moves
+        assert life.silent() == []
+        named += [(second, rank) for rank in life.stuck()]
+    [(second, rank)] = named
+    assert rank == 1
+    assert 40 <= second <= 60
+    assert life.places[rank].stack == "in tool, line 7"
+
+
+def test_one_that_waits_for_its_next_call_does_not_stand_still(two_workers):
+    life, clock, _ = two_workers
+    for second in range(200):
+        clock[0] = float(second)
+        life.silent()
+        assert life.stuck() == []
 
 
 @pytest.mark.parametrize(("sees", "blind"), [([True, True, True], []), ([True, False, False], ["10.0.0.2"])])
@@ -311,14 +338,37 @@ def test_a_stopped_process_is_ended_and_another_with_its_number_is_not(sleeper):
 
 
 def test_folders_of_killed_runs_are_removed_those_of_others_stay(tmp_path, sleeper):
-    mine, dead, living, theirs = (tmp_path / f"session_{name}" for name in ("mine", "dead", "living", "theirs"))
-    for session in (mine, dead, living, theirs):
-        (session / "logs").mkdir(parents=True)
+    """A run may be killed at any time, also while Ray is just coming up: what says whose a session is was there before."""
     created = psutil.Process(sleeper.pid).create_time()
-    (living / "agentlightning_owner").write_text(f"{sleeper.pid} {created}")
-    (dead / "agentlightning_owner").write_text(f"{sleeper.pid} {created - 100}")
-    mark_session(mine)
-    assert [session.exists() for session in (mine, dead, living, theirs)] == [True, False, True, True]
-    for session in (mine, living, theirs):
-        remove_session(session)
-    assert [session.exists() for session in (mine, living, theirs)] == [False, True, True]
+
+    def session(began: float, pid: int) -> Path:
+        folder = tmp_path / f"session_{datetime.fromtimestamp(began).strftime('%Y-%m-%d_%H-%M-%S_%f')}_{pid}"
+        (folder / "logs").mkdir(parents=True)
+        return folder
+
+    sleeper_s, nobodys = session(created + 2, sleeper.pid), session(created + 2, 4194999)
+    other_s = session(created - 5000, sleeper.pid)  # of `ray start`, whose own process ended long ago
+    (tmp_path / "session_latest").symlink_to(sleeper_s)
+    owner = tmp_path / f"agentlightning_owner_{sleeper.pid}"
+    owner.write_text(f"{sleeper.pid} {created}")
+    mark_owner(tmp_path)
+    assert all(folder.exists() for folder in (sleeper_s, nobodys, other_s, owner))
+
+    sleeper.kill()
+    sleeper.wait()
+    mine, joined = session(time.time(), os.getpid()), session(time.time(), os.getpid() + 1)
+    mark_owner(tmp_path)
+    assert [folder.exists() for folder in (sleeper_s, owner, nobodys, other_s)] == [False, False, True, True]
+
+    remove_session(joined)
+    remove_session(mine)
+    assert joined.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {joined.name, nobodys.name, other_s.name, "session_latest"}
+
+
+def test_what_ray_calls_a_session_is_what_is_looked_for(tmp_path):
+    (tmp_path / "agentlightning_owner_17550").write_text("17550 86400.0")
+    (tmp_path / "session_2026-11-25_15-41-17_180508_17550").mkdir()
+    (tmp_path / "session_something_else_17550").mkdir()
+    [session] = ray_cluster._sessions_of(tmp_path / "agentlightning_owner_17550")
+    assert session.name == "session_2026-11-25_15-41-17_180508_17550"
