@@ -21,6 +21,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from agentlightning.types import Batch, MicroBatches
 
+_PASS_SHARE = 8  # a pass without any token costs about as much as this part of the tokens that fit into a full one
+_PROMPTS_SHARE = 1  # prompts that are run apart have their responses run apart too: as few passes as can be
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -50,9 +53,8 @@ def training_passes(
 ) -> Iterator[Pass]:
     """Run `rows` of `batch`. Where gradients are on, call `backward` on each pass's loss before asking for the next one.
 
-    The order of the passes is by length, longest first, so that memory runs out at once or never. `any_worker` is given where
-    the base is sharded: whether something is true on any of the workers. A stand-in's pass has no rows; its loss must be
-    carried back too.
+    The largest pass comes first, so that memory runs out at once or never. `any_worker` is given where the base is sharded:
+    whether something is true on any of the workers. A stand-in's pass has no rows; its loss must be carried back too.
     """
     together = any_worker is not None
     any_worker = any_worker or bool
@@ -62,7 +64,7 @@ def training_passes(
         return
     first_row = {batch.uids[row]: row for row in reversed(rows.tolist())}
     unique_U = np.array(list(first_row.values()), dtype=np.int64)
-    for prompt_rows_U in _in_step(micro_batches(batch.prompt_len_B[unique_U], sizes), any_worker):
+    for prompt_rows_U in _in_step(micro_batches(batch.prompt_len_B[unique_U], sizes, _PROMPTS_SHARE), any_worker):
         mine_U = unique_U[prompt_rows_U] if prompt_rows_U is not None else unique_U[:0]
         prompts = _Prompts.run(model, batch.rows(mine_U) if len(mine_U) else _one_token(batch))
         place = {batch.uids[row]: place for place, row in enumerate(mine_U)}
@@ -101,16 +103,43 @@ def _stand_in(model: PreTrainedModel, batch: Batch) -> Pass:
     return make_pass(np.empty(0, dtype=np.int64), batch.rows([]), hidden_1LH.flatten(0, 1)[:0])
 
 
-def micro_batches(length_B: np.ndarray, sizes: MicroBatches) -> list[np.ndarray]:
-    """Places of each micro-batch, longest first: `max_rows` of them, or as many as fit into `max_tokens` padded tokens."""
+def micro_batches(length_B: np.ndarray, sizes: MicroBatches, pass_share: int = _PASS_SHARE) -> list[np.ndarray]:
+    """Places of each micro-batch, largest first: `max_rows` of them, or as many as fit into `max_tokens` padded tokens.
+
+    Rows of about the same length go together. With `max_tokens` a micro-batch ends early where the padding that this saves is
+    worth a further pass, which costs as much as 1 / `pass_share` of `max_tokens`.
+    """
     order = np.argsort(-length_B, kind="stable")
-    batches: list[np.ndarray] = []
+    if sizes.max_tokens is None:
+        return [order[start : start + sizes.max_rows] for start in range(0, len(order), sizes.max_rows)]
+    sorted_B = np.maximum(length_B[order], 1)
+    spans = _cheapest_spans(sorted_B, sizes.max_tokens, sizes.max_tokens // pass_share)
+    spans.sort(key=lambda span: (span.start - span.stop) * int(sorted_B[span.start]))
+    return [order[span.start : span.stop] for span in spans]
+
+
+def _cheapest_spans(length_B: np.ndarray, max_tokens: int, pass_tokens: int) -> list[range]:
+    """Rows of falling lengths cut into micro-batches, so that passes and padded tokens together cost least.
+
+    From the last row to the first: the cheapest way from a row on is its micro-batch and the cheapest way from that one's end.
+    """
+    rows = len(length_B)
+    cost_B = np.zeros(rows + 1, dtype=np.int64)
+    end_B = np.arange(1, rows + 1)
+    count_B = np.arange(1, rows + 1)
+    for start in range(rows - 1, -1, -1):
+        longest = int(length_B[start])
+        fitting = min(max(1, max_tokens // longest), rows - start)
+        cost_of_end = longest * count_B[:fitting] + cost_B[start + 1 : start + fitting + 1]
+        best = int(cost_of_end.argmin())
+        end_B[start] += best
+        cost_B[start] = cost_of_end[best] + pass_tokens
+    spans: list[range] = []
     start = 0
-    while start < len(order):
-        fitting = sizes.max_rows if sizes.max_tokens is None else sizes.max_tokens // max(int(length_B[order[start]]), 1)
-        batches.append(order[start : start + max(1, fitting)])
-        start += max(1, fitting)
-    return batches
+    while start < rows:
+        spans.append(range(start, int(end_B[start])))
+        start = spans[-1].stop
+    return spans
 
 
 @dataclass(frozen=True, slots=True)

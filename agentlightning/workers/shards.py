@@ -58,21 +58,50 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def balanced_shards(length_B: np.ndarray, world_size: int) -> list[np.ndarray]:
     """Places of each worker: by length, dealt out to and fro, so that all get about the same number of tokens."""
-    order = np.argsort(-length_B, kind="stable")
-    place = np.arange(len(order)) % (2 * world_size)
-    worker = np.where(place < world_size, place, 2 * world_size - 1 - place)
-    return [np.sort(order[worker == rank]) for rank in range(world_size)]
+    return _places_of(_dealt_out(length_B, world_size), np.arange(len(length_B)), world_size)
+
+
+def _dealt_out(length_B: np.ndarray, world_size: int) -> np.ndarray:
+    """The worker of each place."""
+    place = np.arange(len(length_B)) % (2 * world_size)
+    worker_B = np.empty(len(length_B), dtype=np.int64)
+    worker_B[np.argsort(-length_B, kind="stable")] = np.where(place < world_size, place, 2 * world_size - 1 - place)
+    return worker_B
+
+
+def _places_of(worker_B: np.ndarray, key_B: np.ndarray, world_size: int) -> list[np.ndarray]:
+    """The places of each worker, ordered by their key."""
+    order = np.lexsort((key_B, worker_B))
+    return np.split(order, np.cumsum(np.bincount(worker_B, minlength=world_size))[:-1])
 
 
 def prompt_shards(batch: Batch, world_size: int) -> list[np.ndarray]:
-    """Rows of each worker; the samples of one prompt stay together, so that the prompt is run once."""
-    rows_of: dict[str, list[int]] = {}
-    for row, uid in enumerate(batch.uids):
-        rows_of.setdefault(uid, []).append(row)
-    groups = list(rows_of.values())
-    length_G = np.array([batch.total_len_B[rows].sum() for rows in groups])
-    shards = balanced_shards(length_G, world_size)
-    return [np.array([row for group in shard for row in groups[group]], dtype=np.int64) for shard in shards]
+    """Rows of each worker; the samples of one prompt stay together, so that the prompt is run once.
+
+    Prompts are dealt out by the tokens that they cost. Those that have no advantage anywhere, which an update may leave out,
+    are dealt out by themselves, so that each worker gets about as much of both kinds.
+    """
+    group_of = {uid: group for group, uid in enumerate(dict.fromkeys(batch.uids))}
+    group_B = np.array([group_of[uid] for uid in batch.uids], dtype=np.int64)
+    tokens_G = np.bincount(group_B, batch.response_len_B, len(group_of)).astype(np.int64)
+    tokens_G[group_B] += batch.prompt_len_B  # once a prompt, whatever its samples
+    worker_G = np.empty(len(group_of), dtype=np.int64)
+    load_W = np.zeros(world_size)
+    for kind_G in _kinds(batch, group_B, len(group_of)):
+        # Who has the least of the first kind gets the longest of the second.
+        dealt_G = np.argsort(load_W, kind="stable")[_dealt_out(tokens_G[kind_G], world_size)]
+        worker_G[kind_G] = dealt_G
+        load_W += np.bincount(dealt_G, tokens_G[kind_G], world_size)
+    return _places_of(worker_G[group_B], group_B, world_size)
+
+
+def _kinds(batch: Batch, group_B: np.ndarray, groups: int) -> list[np.ndarray]:
+    """The prompts with an advantage at any token, and the others; all together where no advantages are known."""
+    advantages_BT = batch.columns.get("advantages")
+    if advantages_BT is None:
+        return [np.arange(groups)]
+    moves_G = np.bincount(group_B, advantages_BT.any(axis=1), groups) > 0
+    return [np.flatnonzero(moves_G), np.flatnonzero(~moves_G)]
 
 
 def shards_of_workers(shards: int, world_size: int) -> list[range]:

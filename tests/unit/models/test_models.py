@@ -1,5 +1,8 @@
 """Log-probabilities, adapters and the merged copy, against plain float64 passes."""
 
+from collections.abc import Iterator
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -148,15 +151,41 @@ def test_gradient_checkpointing_gives_the_same_gradients(base_path):
 
 def test_micro_batches_take_each_place_once_and_keep_to_their_size():
     lengths = np.array([5, 1, 9, 3, 9, 2])
-    for sizes in (MicroBatches(2), MicroBatches(1, 10), MicroBatches(1, 4)):
+    for sizes in (MicroBatches(2), MicroBatches(1, 10), MicroBatches(1, 4), MicroBatches(1, 30)):
         parts = micro_batches(lengths, sizes)
         assert sorted(np.concatenate(parts)) == list(range(6))
-        assert lengths[parts[0]].max() == 9
+        padded = [len(part) * lengths[part].max() for part in parts]
+        assert padded[0] == max(padded)
         for part in parts:
             if sizes.max_tokens is None:
                 assert len(part) <= sizes.max_rows
             else:
                 assert len(part) == 1 or len(part) * lengths[part].max() <= sizes.max_tokens
+    assert micro_batches(lengths[:0], MicroBatches(2)) == micro_batches(lengths[:0], MicroBatches(1, 10)) == []
+
+
+def test_micro_batches_cost_the_least_of_all_ways_to_cut_the_sorted_rows():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(0, 25, 9)
+        for max_tokens, pass_share in ((30, 8), (60, 4), (60, 1)):
+            parts = micro_batches(lengths, MicroBatches(1, max_tokens), pass_share)
+            assert cost_of(parts, lengths, max_tokens, pass_share) == min(
+                cost_of(cut, lengths, max_tokens, pass_share) for cut in ways_to_cut(lengths)
+            )
+
+
+def ways_to_cut(lengths: np.ndarray) -> Iterator[list[np.ndarray]]:
+    order = np.argsort(-lengths, kind="stable")
+    for chosen in product((False, True), repeat=len(order) - 1):
+        yield np.split(order, [place for place, cut in enumerate(chosen, 1) if cut])
+
+
+def cost_of(parts: list[np.ndarray], lengths: np.ndarray, max_tokens: int, pass_share: int) -> float:
+    padded = [len(part) * max(1, lengths[part].max()) for part in parts]
+    if any(tokens > max_tokens and len(part) > 1 for tokens, part in zip(padded, parts, strict=True)):
+        return float("inf")
+    return sum(padded) + len(parts) * (max_tokens // pass_share)
 
 
 def adapters_with_random_weights(base, names=("actor", "critic")) -> Adapters:

@@ -280,6 +280,37 @@ def test_shards_are_balanced_and_whole():
     assert max(lengths[shard].sum() for shard in shards) <= 110
 
 
+def test_prompts_that_move_the_policy_are_shared_out_evenly(batch):
+    uids = np.array(batch.uids)
+    some = list(dict.fromkeys(batch.uids))[:2]  # the others' samples all score alike
+    moves_B = np.isin(uids, some)
+    advantages_BT = np.where(batch.mask_BT & moves_B[:, None], 1.0, 0.0).astype(np.float32)
+    shards = prompt_shards(batch.with_columns(advantages=advantages_BT), 2)
+    assert sorted(np.concatenate(shards)) == list(range(len(batch)))
+    for shard in shards:
+        assert len(set(uids[shard][moves_B[shard]])) == 1
+        assert len(set(uids[shard])) == len(set(uids)) / 2
+        assert uids[shard].tolist() == sorted(uids[shard].tolist(), key=batch.uids.index)
+
+
+def test_a_prompt_counts_once_for_all_its_samples():
+    prompts = [3, 3, 100, 100, 100, 100, 3, 3, 3, 3, 3, 3]
+    responses = [90, 90, 1, 1, 1, 1, 45, 45, 1, 1, 40, 40]
+    uids = ["a"] * 2 + ["b"] * 4 + ["c"] * 2 + ["d"] * 2 + ["e"] * 2
+    rows, width = len(uids), max(responses)
+    batch = Batch(
+        uids=tuple(uids),
+        prompt_BP=np.zeros((rows, 100), dtype=np.int32),
+        prompt_len_B=np.array(prompts, dtype=np.int32),
+        response_BT=np.zeros((rows, width), dtype=np.int32),
+        response_len_B=np.array(responses, dtype=np.int32),
+        mask_BT=np.ones((rows, width), dtype=np.bool_),
+        adapter_version=0,
+    )
+    of_workers = [{uids[row] for row in shard} for shard in prompt_shards(batch, 2)]
+    assert of_workers == [{"a", "d", "e"}, {"b", "c"}]  # 183 + 5 + 83 and 104 + 93 tokens
+
+
 def test_a_tool_that_is_not_there():
     with pytest.raises(ConfigError, match=r"multi_turn\.tool="):
         load_tool("agentlightning.calculator.task:nothing")
