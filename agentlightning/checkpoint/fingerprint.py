@@ -6,11 +6,25 @@ A fingerprint is `{"breaking": {...}, "harmless": {...}}` of nested plain values
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+MODEL_PATH = "actor_rollout_ref.model.path"  # under `breaking`: `model_identity`
 _ABSENT = "absent"
+
+
+def model_identity(path: str) -> str:
+    """A digest of a base's configuration and of its files' names and sizes; a hub name stands for itself."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return path
+    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
+    for file in sorted(directory.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+    return digest.hexdigest()
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, str]:

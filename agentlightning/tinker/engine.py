@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import agentlightning
 from agentlightning.checkpoint import store
+from agentlightning.checkpoint.fingerprint import model_identity
 from agentlightning.checkpoint.manifest import MANIFEST
 from agentlightning.errors import UserError
 from agentlightning.models.base import load_base
@@ -27,7 +28,7 @@ from agentlightning.models.chat import check_vocabulary, load_tokenizer
 from agentlightning.models.multi_lora import Adapter, MultiLora
 from agentlightning.tinker.engine_api import BaseModelInfo, LoraEngine, SampleRequest
 from agentlightning.tinker.engine_data import CheckedData, Limits, check_data
-from agentlightning.tinker.engine_model import LORA_ALPHA, LoraModel
+from agentlightning.tinker.engine_model import LoraModel
 from agentlightning.tinker.engine_passes import DatumResult, run_data
 from agentlightning.tinker.engine_sampling import Sampler, SamplingLimits
 from agentlightning.tinker.engine_saved import (
@@ -37,6 +38,8 @@ from agentlightning.tinker.engine_saved import (
     STATE_FILE,
     WEIGHTS_FILE,
     SavedModel,
+    optimizer_in,
+    saved_model_of,
 )
 from agentlightning.tinker.types import (
     AdamParams,
@@ -232,7 +235,8 @@ class InProcessLoraEngine:
         _check_lora(model.lora, saved.lora, directory)
         files = loaded.tensors
         model.check_fits(files[WEIGHTS_FILE], f"{directory}/{WEIGHTS_FILE}")
-        if optimizer and OPTIMIZER_FILE not in files:
+        moments = optimizer_in(files) if optimizer else {}
+        if moments is None:
             raise UserError(
                 f"{directory} holds weights to sample from and no optimizer; expected what save_state has written, or load it "
                 "without the optimizer"
@@ -241,9 +245,10 @@ class InProcessLoraEngine:
         if gradient:
             model.check_fits(gradient, f"{directory}/{GRADIENT_FILE}")
         if optimizer:
-            model.take_over(files[WEIGHTS_FILE], files[OPTIMIZER_FILE], gradient, saved.optimizer_steps, saved.pending)
+            steps, pending = saved.optimizer_steps, saved.pending
+            model.take_over(files[WEIGHTS_FILE], moments, gradient, steps, pending, saved.lora_alpha)
         else:
-            model.take_over(files[WEIGHTS_FILE], {}, {}, 0, 0)
+            model.take_over(files[WEIGHTS_FILE], {}, {}, 0, 0, saved.lora_alpha)
 
     def add_sampler(self, sampler_id: str, source: str | Path | None) -> None:
         """See the protocol. A path may also name the `actor` folder itself."""
@@ -302,15 +307,15 @@ class InProcessLoraEngine:
         lora = model.lora
         paths = self.lora.targets(lora.train_attn, lora.train_mlp, lora.train_unembed)
         pending = model.pending if GRADIENT_FILE in tensors else 0
-        state = SavedModel(self.settings.base_model, self.digest, lora, model.steps, pending)
-        config = self.lora.peft_config(paths, lora.rank, LORA_ALPHA, self.settings.path)
+        state = SavedModel(self.settings.base_model, self.digest, lora, model.steps, pending, model.alpha)
+        config = self.lora.peft_config(paths, lora.rank, model.alpha, self.settings.path)
         files = store.CheckpointFiles(tensors, json={CONFIG_FILE: config, STATE_FILE: state.json()})
         return store.save(directory.parent, directory.name, model.steps, files).bytes
 
     def _saved_model(self, loaded: store.LoadedCheckpoint) -> SavedModel:
         """The state of a saved model, which is of this base."""
-        saved = SavedModel.parse(loaded.json.get(STATE_FILE), loaded.path)
-        if saved.base_digest != self.digest:
+        saved = saved_model_of(loaded)
+        if saved.base_digest != (model_identity(self.settings.path) if saved.of_run else self.digest):
             raise UserError(
                 f"{loaded.path} is of the base {saved.base_model!r}, and this engine holds {self.settings.base_model!r}, whose "
                 f"weights are others; expected base_model={saved.base_model}"
@@ -322,7 +327,7 @@ class InProcessLoraEngine:
         loaded = store.load(directory)
         saved = self._saved_model(loaded)
         weights = {name: torch.from_numpy(np.array(array)) for name, array in loaded.tensors[WEIGHTS_FILE].items()}
-        return Adapter(weights, LORA_ALPHA / saved.lora.rank)
+        return Adapter(weights, saved.lora_alpha / saved.lora.rank)
 
 
 def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:

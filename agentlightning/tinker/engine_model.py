@@ -17,11 +17,11 @@ from torch import nn
 
 from agentlightning.errors import NumericsError, UserError
 from agentlightning.models.multi_lora import Adapter
+from agentlightning.tinker.engine_saved import LORA_ALPHA
 from agentlightning.tinker.types import AdamParams, LoraConfig
 from agentlightning.workers.optimizer import NamedAdamW
 from agentlightning.workers.settings import OptimSettings
 
-LORA_ALPHA = 32.0  # the service's, whatever the rank: the best learning rate then hardly depends on the rank
 _RANGES = {  # what each number of AdamParams must be: words, and the test
     "learning_rate": ("a number of at least 0", lambda x: x >= 0),
     "beta1": ("at least 0 and below 1", lambda x: 0 <= x < 1),
@@ -45,6 +45,7 @@ class LoraModel:
 
     def __init__(self, lora: LoraConfig, weights: Mapping[str, torch.Tensor]) -> None:
         self.lora = lora
+        self.alpha = LORA_ALPHA  # until weights are taken over that were trained with another
         self.parameters = {name: nn.Parameter(weight) for name, weight in sorted(weights.items())}
         # The numbers are those of each step's AdamParams; these are never used.
         unused = OptimSettings(lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, grad_clip=math.inf)
@@ -55,7 +56,7 @@ class LoraModel:
     @property
     def adapter(self) -> Adapter:
         """The live weights."""
-        return Adapter(self.parameters, LORA_ALPHA / self.lora.rank)
+        return Adapter(self.parameters, self.alpha / self.lora.rank)
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -148,6 +149,7 @@ class LoraModel:
         gradient: Mapping[str, np.ndarray],
         steps: int,
         pending: int,
+        alpha: float,
     ) -> None:
         """Go on from there; all have been checked."""
         for name, parameter in self.parameters.items():
@@ -158,4 +160,4 @@ class LoraModel:
             grad = self.parameters[name].grad
             assert grad is not None
             grad.copy_(torch.from_numpy(np.array(array)))
-        self.steps, self.pending = steps, pending
+        self.steps, self.pending, self.alpha = steps, pending, alpha

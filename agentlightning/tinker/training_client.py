@@ -111,6 +111,7 @@ class TrainingClient(Ready):
     def load_state(self, path: str, optimizer: bool = True) -> Future[LoadWeightsResponse]:
         """Go on from a saved state, verified before. `optimizer=False`: its weights alone, with a cold optimizer.
 
+        A checkpoint of the built-in trainer (`RUN/global_step_N`) is one too, with the LoRA scale that the run had.
         Gradients that were added since the last `optim_step` are dropped; those that were saved come back with the optimizer.
         """
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agentlightning.checkpoint.fingerprint import compare_fingerprints
+from agentlightning.checkpoint.fingerprint import MODEL_PATH, compare_fingerprints, model_identity
 from agentlightning.checkpoint.store import LoadedCheckpoint
 from agentlightning.errors import CheckpointError
 from agentlightning.verl.data import PromptDataset
@@ -31,7 +31,7 @@ def run_fingerprint(config: Config, train_data: PromptDataset | None) -> dict[st
     """
     model, actor, trainer = config.actor_rollout_ref.model, config.actor_rollout_ref.actor, config.trainer
     breaking: dict[str, Any] = {
-        "actor_rollout_ref.model.path": _model_identity(model.path),
+        MODEL_PATH: model_identity(model.path),
         "tokenizer": _tokenizer_identity(model.tokenizer_path),
         "actor_rollout_ref.model.lora_rank": model.lora_rank,
         "actor_rollout_ref.model.lora_alpha": model.lora_alpha,
@@ -95,17 +95,6 @@ def _adapter_identity(directory: Path) -> str:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         with (directory / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
-
-
-def _model_identity(path: str) -> str:
-    """A digest of the model's configuration and of its files' names and sizes; a hub name stands for itself."""
-    directory = Path(path)
-    if not directory.is_dir():
-        return path
-    digest = hashlib.blake2b((directory / "config.json").read_bytes(), digest_size=16)
-    for file in sorted(directory.glob("*.safetensors")):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
     return digest.hexdigest()
 
 

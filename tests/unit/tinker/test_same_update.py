@@ -1,4 +1,7 @@
-"""The built-in trainer's update and the same data through `forward_backward` and `optim_step` give the same adapter."""
+"""The built-in trainer's update and the same data through `forward_backward` and `optim_step` give the same adapter.
+
+And a loop of one's own goes on from a checkpoint of the trainer, optimizer and all.
+"""
 
 from dataclasses import replace
 
@@ -6,9 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from agentlightning.checkpoint.fingerprint import MODEL_PATH, model_identity
+from agentlightning.checkpoint.manager import CheckpointManager
+from agentlightning.checkpoint_utils import get_last_checkpoint
+from agentlightning.errors import CheckpointError, UserError
 from agentlightning.tinker import AdamParams, Datum, ModelInput, ServiceClient
 from agentlightning.types import Batch, LoraShape, MicroBatches, SamplingParams
 from agentlightning.verl.batching import MiniBatchPlan, make_batch
+from agentlightning.verl.run_client import RunClient
+from agentlightning.verl.state import TrainerState, checkpoint_files
+from agentlightning.workers.group import InProcess, WorkerGroup
 from agentlightning.workers.settings import ActorSettings, OptimSettings, RolloutSettings, WorkerSettings
 from agentlightning.workers.worker import Worker
 
@@ -18,7 +28,7 @@ ADAM = AdamParams(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_d
 STEPS = 3  # the first step of Adam hides the size of the gradient
 
 
-def worker_settings(base_path: str) -> WorkerSettings:
+def worker_settings(base_path: str, alpha: int = ALPHA, **adapter: bool) -> WorkerSettings:
     sizes = MicroBatches(5)
     actor = ActorSettings(
         optim=OPTIM,
@@ -35,7 +45,7 @@ def worker_settings(base_path: str) -> WorkerSettings:
         kl_loss_type="low_var_kl",
     )
     rollout = RolloutSettings(max_num_seqs=64, tool="agentlightning.calculator.task:calculate")
-    shape = LoraShape(RANK, ALPHA)
+    shape = LoraShape(RANK, alpha, **adapter)
     return WorkerSettings(base_path, "float32", "cpu", False, shape, seed=0, num_threads=1, actor=actor, rollout=rollout)
 
 
@@ -104,3 +114,82 @@ def test_the_trainers_update_and_the_clients_are_the_same(loss_fn, worker, start
     # Adam divides by the gradient's size, so where that is all but zero its rounding error (1e-9) shows, in a few numbers.
     assert np.quantile(apart, 0.999) < 3e-6
     assert apart.max() < 1e-4
+
+
+def run_of(settings: WorkerSettings, batch: Batch, steps: int, root, identity: str) -> WorkerGroup:
+    """A run directory with a checkpoint after `steps`, as the trainer writes it, and the workers that go on."""
+    group = WorkerGroup(InProcess(settings, lambda: None))
+    plan = MiniBatchPlan(4, 4, 1, shuffle=False, seq_norm=48.0).mini_batches(batch, 0, 1)
+    for step in range(steps):
+        group.update_actor(batch, plan, step + 1)
+    with CheckpointManager(root, save_freq=1) as manager:
+        client = RunClient(group, manager, None, uses_critic=False)
+        fingerprint = {"breaking": {MODEL_PATH: identity}, "harmless": {}}
+        state = TrainerState(global_step=steps)
+        client.take_snapshot(steps, 0, lambda parts: checkpoint_files(parts, group.adapter_configs(), state, fingerprint, {}))
+        client.save_state(f"global_step_{steps}").result(60)
+    return group
+
+
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_a_loop_of_ones_own_goes_on_from_a_run(optimizer, batch, tmp_path, base_path):
+    settings = worker_settings(base_path, alpha=16)  # not the clients' own
+    group = run_of(settings, batch, 2, tmp_path / "run", model_identity(base_path))
+    resume_info = get_last_checkpoint(tmp_path / "run")
+    assert resume_info is not None
+    with ServiceClient(backend="inprocess", root=tmp_path / "loop", num_threads=1) as service:
+        client = service.create_lora_training_client(base_path, rank=RANK, train_unembed=False)
+        client.load_state(resume_info["state_path"], optimizer=optimizer).result()
+        before = load_file(f"{client.save_state('before').result().path}/actor/adapter_model.safetensors")
+        client.forward_backward(data_of(batch), "ppo")
+        client.optim_step(ADAM)
+        after = load_file(f"{client.save_state('after').result().path}/actor/adapter_model.safetensors")
+        # What the loop saves is of the run's shape too, and a client made from the run's state has it from the start.
+        again = service.create_training_client_from_state_with_optimizer(resume_info["state_path"])
+        logp = again.forward(data_of(batch), "cross_entropy").result().metrics["loss:sum"]
+        client.load_state(resume_info["state_path"])
+        assert client.forward(data_of(batch), "cross_entropy").result().metrics["loss:sum"] == logp
+    held = load_file(f"{resume_info['state_path']}/actor/adapter_model.safetensors")
+    assert all(np.array_equal(before[name], held[name]) for name in held)
+    plan = MiniBatchPlan(4, 4, 1, shuffle=False, seq_norm=48.0).mini_batches(batch, 0, 1)
+    group.update_actor(batch, plan, 3)
+    trained = group.backend.worker.state().actor.weights
+    moved = np.concatenate([np.abs(trained[name] - before[name]).ravel() for name in after])
+    apart = np.concatenate([np.abs(after[name] - trained[name]).ravel() for name in after])
+    assert moved.max() > 5e-4
+    assert (np.quantile(apart, 0.999) < 3e-6) == optimizer  # a cold optimizer steps elsewhere
+    assert optimizer == (apart.max() < 1e-4)
+
+
+def test_the_adapter_that_a_loop_saves_keeps_the_runs_scale(batch, tmp_path, base_path):
+    run_of(worker_settings(base_path, alpha=16), batch, 1, tmp_path / "run", model_identity(base_path))
+    with ServiceClient(backend="inprocess", root=tmp_path / "loop", num_threads=1) as service:
+        client = service.create_training_client_from_state(f"{tmp_path}/run/global_step_1")
+        saved = client.save_state("a").result().path
+        expected = client.forward(data_of(batch), "cross_entropy").result().metrics["loss:sum"]
+        again = service.create_training_client_from_state(saved)
+        assert again.forward(data_of(batch), "cross_entropy").result().metrics["loss:sum"] == expected
+        fresh = service.create_lora_training_client(base_path, rank=RANK, train_unembed=False)
+        assert fresh.forward(data_of(batch), "cross_entropy").result().metrics["loss:sum"] != expected
+        sampled = client.create_sampling_client(saved).compute_logprobs(ModelInput.from_ints([1, 2, 3, 4])).result()
+        assert (
+            sampled
+            == client.create_sampling_client(f"{tmp_path}/run/global_step_1")
+            .compute_logprobs(ModelInput.from_ints([1, 2, 3, 4]))
+            .result()
+        )
+
+
+def test_a_run_that_a_client_cannot_hold_is_refused(batch, tmp_path, base_path):
+    run_of(worker_settings(base_path), batch, 1, tmp_path / "run", model_identity(base_path))
+    run_of(worker_settings(base_path), batch, 1, tmp_path / "other", "of another base")
+    run_of(worker_settings(base_path, use_rslora=True), batch, 1, tmp_path / "rs", model_identity(base_path))
+    with ServiceClient(backend="inprocess", root=tmp_path / "loop", num_threads=1) as service:
+        client = service.create_lora_training_client(base_path, rank=RANK, train_unembed=False)
+        with pytest.raises(UserError, match="whose weights are others"):
+            client.load_state(f"{tmp_path}/other/global_step_1").result()
+        with pytest.raises(CheckpointError, match="use_rslora=True, and a training client's adapter is plain LoRA"):
+            client.load_state(f"{tmp_path}/rs/global_step_1").result()
+        wide = service.create_lora_training_client(base_path, rank=RANK)
+        with pytest.raises(UserError, match="expected a model created with train_unembed=False"):
+            wide.load_state(f"{tmp_path}/run/global_step_1").result()
