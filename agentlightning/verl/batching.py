@@ -22,6 +22,7 @@ from agentlightning.algorithms.kl import AdaptiveKLController, FixedKLController
 from agentlightning.errors import ConfigError, RewardError
 from agentlightning.types import Batch, Completion, Prompt
 from agentlightning.verl.estimators import ESTIMATORS, KEY, EstimatorInputs, RewardDetails, estimate, load_estimator
+from agentlightning.verl.metrics import ROWS_AT_A_TIME
 from agentlightning.verl.schema import AlgorithmConfig, Config, OverlongBufferConfig, RolloutCorrectionConfig
 from agentlightning.workers.messages import MiniBatch
 
@@ -57,15 +58,19 @@ class MiniBatchPlan:
 def make_batch(prompts: Sequence[Prompt], completions: Sequence[Completion], scores_B: np.ndarray) -> Batch:
     """The step's samples, with `rollout_log_probs` and with the score on the last token of each response
     (`token_level_scores`)."""
-    ids_of = {prompt.uid: np.array(prompt.token_ids, dtype=np.int32) for prompt in prompts}  # once, not for each sample
-    prompt_ids = [ids_of[completion.uid] for completion in completions]
+    # Once a prompt, not for each sample.
+    prompt_ids = {prompt.uid: np.array(prompt.token_ids, dtype=np.int32) for prompt in prompts}
+    place_of = {uid: place for place, uid in enumerate(prompt_ids)}
+    prompt_B = np.array([place_of[completion.uid] for completion in completions], dtype=np.int64)
+    prompt_len_U = np.array([len(ids) for ids in prompt_ids.values()], dtype=np.int32)
+    prompt_len_B = prompt_len_U[prompt_B]
     response_len_B = np.array([len(completion.token_ids) for completion in completions], dtype=np.int32)
     scores_BT = np.zeros((len(completions), int(response_len_B.max())), dtype=np.float32)
     scores_BT[np.arange(len(completions)), response_len_B - 1] = scores_B
     batch = Batch(
         uids=tuple(completion.uid for completion in completions),
-        prompt_BP=_pad(prompt_ids, np.int32),
-        prompt_len_B=np.array([len(ids) for ids in prompt_ids], dtype=np.int32),
+        prompt_BP=_pad(list(prompt_ids.values()), np.int32)[prompt_B, : prompt_len_B.max()],
+        prompt_len_B=prompt_len_B,
         response_BT=_pad([completion.token_ids for completion in completions], np.int32),
         response_len_B=response_len_B,
         mask_BT=_pad([completion.mask for completion in completions], np.bool_),
@@ -106,9 +111,15 @@ def with_advantages(
     )
     advantages_BT, returns_BT = (part_BT.float().contiguous() for part_BT in estimate(inputs))
     if details.scored_B is not None:
-        advantages_BT, returns_BT = (_spread(part_BT, rows, rewards_BT) for part_BT in (advantages_BT, returns_BT))
+        same = returns_BT is advantages_BT
+        advantages_BT = _spread(advantages_BT, rows, rewards_BT)
+        returns_BT = advantages_BT if same else _spread(returns_BT, rows, rewards_BT)
+    advantages = advantages_BT.numpy()
+    # The same array under both names where they are the same numbers: who looks at both need look but once.
     batch = batch.with_columns(
-        token_level_rewards=rewards_BT.numpy(), advantages=advantages_BT.numpy(), returns=returns_BT.numpy()
+        token_level_rewards=rewards_BT.numpy() if config.use_kl_in_reward else batch.columns["token_level_scores"],
+        advantages=advantages,
+        returns=advantages if returns_BT is advantages_BT else returns_BT.numpy(),
     )
     return batch, metrics
 
@@ -235,10 +246,15 @@ def _group_ids(uids: Sequence[str]) -> Tensor:
 
 def rollout_probs_diff(batch: Batch, log_probs_BT: np.ndarray) -> dict[str, float]:
     """How far the rollout's probabilities of the sampled tokens are from the training pass's (NaN where it did not run)."""
-    known_BT = batch.mask_BT & np.isfinite(log_probs_BT)
-    if not known_BT.any():
+    rollout_BT = batch.columns["rollout_log_probs"]
+    parts = []
+    for start in range(0, len(batch), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        known_BT = batch.mask_BT[rows] & np.isfinite(log_probs_BT[rows])
+        parts.append(np.abs(np.exp(rollout_BT[rows][known_BT]) - np.exp(log_probs_BT[rows][known_BT])))
+    difference = np.concatenate(parts)
+    if not len(difference):
         return {}
-    difference = np.abs(np.exp(batch.columns["rollout_log_probs"][known_BT]) - np.exp(log_probs_BT[known_BT]))
     return {
         "training/rollout_probs_diff_max": float(difference.max()),
         "training/rollout_probs_diff_mean": float(difference.mean()),
@@ -248,7 +264,7 @@ def rollout_probs_diff(batch: Batch, log_probs_BT: np.ndarray) -> dict[str, floa
 
 def _pad(rows: Sequence[Sequence[float] | np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     """Rows of different lengths as one array [B, longest], zeros behind."""
-    padded = np.zeros((len(rows), max(len(row) for row in rows)), dtype=dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
+    padded = np.zeros((len(rows), max(map(len, rows))), dtype=dtype)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
     return padded

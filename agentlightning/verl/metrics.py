@@ -19,6 +19,7 @@ ATTEMPT = (
 )
 SCORE = "critic/score/mean"
 VAL_CORE = "val-core/"
+ROWS_AT_A_TIME = 64  # in which a large batch is gone through: temporary arrays of a few hundred kilobytes
 
 # Which tokens a timer has worked on: sampling makes the responses, everything else runs over whole samples.
 _PER_TOKEN_TIMERS = ("gen", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
@@ -33,13 +34,19 @@ def compute_data_metrics(
     each [B, T]; `num_turns_B` counts assistant turns. `clip_ratio` is the share of samples as long as the limit lets them be.
     """
     columns, mask_BT = batch.columns, batch.mask_BT
-    returns_N = columns["returns"][mask_BT]
+    scores_BT, rewards_BT = columns["token_level_scores"], columns["token_level_rewards"]
+    advantages_BT, returns_BT = columns["advantages"], columns["returns"]
+    # A score may lie on an observation, behind the policy's last token, so these two sum over all response tokens.
+    score_B = scores_BT.sum(axis=1, dtype=np.float64)
+    # What is one array here has one statistic: rewards are the scores without a KL in them, returns often the advantages.
+    reward_B = score_B if rewards_BT is scores_BT else rewards_BT.sum(axis=1, dtype=np.float64)
+    advantages = _mean_max_min_of_chosen(advantages_BT, mask_BT)
+    returns = advantages if returns_BT is advantages_BT else _mean_max_min_of_chosen(returns_BT, mask_BT)
     metrics = {
-        # A score may lie on an observation, behind the policy's last token, so these two sum over all response tokens.
-        **_mean_max_min("critic/score", columns["token_level_scores"].sum(axis=1, dtype=np.float64)),
-        **_mean_max_min("critic/rewards", columns["token_level_rewards"].sum(axis=1, dtype=np.float64)),
-        **_mean_max_min("critic/advantages", columns["advantages"][mask_BT]),
-        **_mean_max_min("critic/returns", returns_N),
+        **_mean_max_min("critic/score", score_B),
+        **_mean_max_min("critic/rewards", reward_B),
+        **_named("critic/advantages", advantages),
+        **_named("critic/returns", returns),
         **_lengths("response_length", batch.response_len_B, max_response_length),
         **_lengths("prompt_length", batch.prompt_len_B, max_prompt_length),
         **_mean_max_min("num_turns", num_turns_B),
@@ -47,7 +54,7 @@ def compute_data_metrics(
     if "values" in columns:
         values_N = columns["values"][mask_BT]
         metrics |= _mean_max_min("critic/values", values_N)
-        metrics["critic/vf_explained_var"] = explained_variance(values_N, returns_N)
+        metrics["critic/vf_explained_var"] = explained_variance(values_N, returns_BT[mask_BT])
     return metrics
 
 
@@ -133,9 +140,23 @@ def _lengths(name: str, length_B: np.ndarray, limit: int) -> dict[str, float]:
 def _mean_max_min(name: str, values: np.ndarray) -> dict[str, float]:
     """Zeros where nothing was there to measure: a step in which the policy said not one token."""
     if values.size == 0:
-        return {f"{name}/mean": 0.0, f"{name}/max": 0.0, f"{name}/min": 0.0}
-    return {
-        f"{name}/mean": float(values.mean(dtype=np.float64)),
-        f"{name}/max": float(values.max()),
-        f"{name}/min": float(values.min()),
-    }
+        return _named(name, (0.0, 0.0, 0.0))
+    return _named(name, (float(values.mean(dtype=np.float64)), float(values.max()), float(values.min())))
+
+
+def _mean_max_min_of_chosen(values_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[float, float, float]:
+    """Over the masked values, zeros if there are none. A few rows at a time, which a cache holds."""
+    count, total, largest, smallest = 0, 0.0, -np.inf, np.inf
+    for start in range(0, len(values_BT), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        values_N = values_BT[rows][mask_BT[rows]]
+        if len(values_N):
+            count += len(values_N)
+            total += float(values_N.sum(dtype=np.float64))
+            largest, smallest = np.maximum(largest, values_N.max()), np.minimum(smallest, values_N.min())  # NaN goes through
+    return (total / count, float(largest), float(smallest)) if count else (0.0, 0.0, 0.0)
+
+
+def _named(name: str, mean_max_min: tuple[float, float, float]) -> dict[str, float]:
+    mean, largest, smallest = mean_max_min
+    return {f"{name}/mean": mean, f"{name}/max": largest, f"{name}/min": smallest}

@@ -22,6 +22,7 @@ from agentlightning.verl.batching import (
     informative_samples,
     make_batch,
     overlong_penalties,
+    rollout_probs_diff,
     truncated,
     with_advantages,
     with_rollout_correction,
@@ -293,6 +294,69 @@ def test_the_settings_are_those_of_the_configuration():
     settings = correction_settings(load_config(given).algorithm.rollout_correction)
     assert settings == CorrectionSettings(rollout_rs="geometric", rollout_rs_threshold=1.1)
     assert settings.lower == pytest.approx(1 / 1.1)
+
+
+# ---- large batches
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[list[Prompt], list[Completion], Batch]:
+    """More rows than are looked at together, of all lengths."""
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(str(i), (), tuple(rng.integers(1, 99, rng.integers(1, 9)).tolist()), "made", None) for i in range(60)]
+    completions = [completion(prompt.uid, int(rng.integers(1, 12))) for prompt in prompts[:50] for _ in range(3)]
+    logprobs = [-rng.random(len(one.token_ids), dtype=np.float32) for one in completions]
+    masks = [rng.random(len(one.token_ids)) < 0.8 for one in completions]
+    completions = [replace(one, logprobs=logp, mask=mask) for one, logp, mask in zip(completions, logprobs, masks, strict=True)]
+    return prompts, completions, make_batch(prompts, completions, np.arange(len(completions), dtype=np.float32))
+
+
+def test_each_row_of_a_batch_is_its_prompt_and_completion(large: tuple[list[Prompt], list[Completion], Batch]):
+    prompts, completions, batch = large
+    ids_of = {prompt.uid: prompt.token_ids for prompt in prompts}
+    assert batch.prompt_BP.shape[1] == max(len(ids_of[one.uid]) for one in completions)
+    assert batch.response_BT.shape[1] == max(len(one.token_ids) for one in completions)
+    assert batch.uids == tuple(one.uid for one in completions)
+    for row, one in enumerate(completions):
+        for padded, length, expected in (
+            (batch.prompt_BP[row], batch.prompt_len_B[row], ids_of[one.uid]),
+            (batch.response_BT[row], batch.response_len_B[row], one.token_ids),
+            (batch.mask_BT[row], batch.response_len_B[row], one.mask),
+            (batch.columns["rollout_log_probs"][row], batch.response_len_B[row], one.logprobs),
+        ):
+            assert length == len(expected)
+            assert padded[:length].tolist() == list(expected)
+            assert not padded[length:].any()
+        scores_T = batch.columns["token_level_scores"][row]
+        assert scores_T[len(one.token_ids) - 1] == scores_T.sum() == row
+    assert {array.dtype for array in (batch.prompt_BP, batch.prompt_len_B, batch.response_BT)} == {np.dtype(np.int32)}
+
+
+def test_the_difference_of_probabilities_is_that_of_the_tokens_that_both_know(
+    large: tuple[list[Prompt], list[Completion], Batch],
+):
+    batch, rng = large[2], np.random.default_rng(1)
+    log_probs_BT = -rng.random(batch.mask_BT.shape, dtype=np.float32)
+    log_probs_BT[70:140] = np.nan
+    known_BT = batch.mask_BT & np.isfinite(log_probs_BT)
+    difference = np.abs(np.exp(batch.columns["rollout_log_probs"][known_BT]) - np.exp(log_probs_BT[known_BT]))
+    assert rollout_probs_diff(batch, log_probs_BT) == {
+        "training/rollout_probs_diff_max": difference.max(),
+        "training/rollout_probs_diff_mean": difference.mean(),
+        "training/rollout_probs_diff_std": difference.std(),
+    }
+    assert rollout_probs_diff(batch, np.full_like(log_probs_BT, np.nan)) == {}
+
+
+def test_what_is_the_same_is_one_array(batch: Batch, config: Config):
+    done, _ = with_advantages(batch, algorithm(config, adv_estimator="grpo"), KL)
+    assert done.columns["returns"] is done.columns["advantages"]
+    assert done.columns["token_level_rewards"] is done.columns["token_level_scores"]
+    done, _ = with_advantages(batch, algorithm(config, adv_estimator="grpo"), KL, RewardDetails(scored_B=np.arange(4) > 1))
+    assert done.columns["returns"] is done.columns["advantages"]
+    done, _ = with_advantages(batch, algorithm(config, adv_estimator="gae", use_kl_in_reward=True), FixedKLController(0.5))
+    assert (done.columns["returns"] != done.columns["advantages"]).any()
+    assert (done.columns["token_level_rewards"] != done.columns["token_level_scores"]).any()
 
 
 # ---- long answers, and prompts that teach nothing

@@ -1,5 +1,7 @@
 """Metrics against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,6 +93,43 @@ def test_a_step_without_any_chosen_token_gives_numbers_and_no_nan() -> None:
     metrics = data_metrics(silent)
     assert metrics["critic/advantages/mean"] == 0.0
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65, 200])
+def test_many_rows_have_the_statistics_of_their_chosen_tokens(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    shape = (rows, 7)
+    mask_BT = rng.random(shape) < 0.3
+    mask_BT[: rows // 2] = False
+    columns = {name: rng.normal(size=shape).astype(np.float32) for name in ("advantages", "returns", "token_level_scores")}
+    batch = Batch(
+        uids=tuple(map(str, range(rows))),
+        prompt_BP=np.zeros((rows, 2), dtype=np.int32),
+        prompt_len_B=np.full(rows, 2, dtype=np.int32),
+        response_BT=np.zeros(shape, dtype=np.int32),
+        response_len_B=np.full(rows, 7, dtype=np.int32),
+        mask_BT=mask_BT,
+        adapter_version=0,
+        columns=columns | {"token_level_rewards": columns["token_level_scores"]},
+    )
+    metrics = compute_data_metrics(batch, num_turns_B=np.ones(rows), max_prompt_length=5, max_response_length=8)
+    for name in ("advantages", "returns"):
+        chosen = columns[name][mask_BT].astype(np.float64)
+        assert metrics[f"critic/{name}/mean"] == pytest.approx(chosen.mean(), rel=1e-12)
+        assert (metrics[f"critic/{name}/max"], metrics[f"critic/{name}/min"]) == (chosen.max(), chosen.min())
+    assert metrics["critic/score/mean"] == metrics["critic/rewards/mean"]
+    shared = replace(batch, columns=columns | {"returns": columns["advantages"], "token_level_rewards": columns["returns"]})
+    again = compute_data_metrics(shared, num_turns_B=np.ones(rows), max_prompt_length=5, max_response_length=8)
+    assert again["critic/returns/mean"] == metrics["critic/advantages/mean"] != metrics["critic/returns/mean"]
+    assert again["critic/rewards/mean"] == pytest.approx(columns["returns"].sum(axis=1, dtype=np.float64).mean(), rel=1e-12)
+
+
+def test_a_nan_among_the_chosen_tokens_is_seen() -> None:
+    batch = make_batch()
+    advantages_BT = np.full((2, 3), np.nan, dtype=np.float32)
+    advantages_BT[0] = 1.0
+    metrics = data_metrics(batch.with_columns(advantages=advantages_BT))
+    assert all(np.isnan(metrics[f"critic/advantages/{of}"]) for of in ("mean", "max", "min"))
 
 
 def test_timing_per_token_counts_responses_for_gen_and_everything_for_updates() -> None:
