@@ -20,6 +20,7 @@ from agentlightning.tinker.types import (
     ModelInput,
     SampleResponse,
     SamplingParams,
+    TensorData,
 )
 
 
@@ -39,6 +40,8 @@ class SampleRequest:
 
     `stream` names the request for ever: together with the seed (`sampling_params.seed`, or the engine's) and the index of the
     sample it decides every draw, whoever else is sampled at the same time.
+
+    `target_prompt_logprobs`: int64 [len(prompt) - 1, K]; the ids in row i are looked up at prompt position i + 1, -1 is none.
     """
 
     sampler_id: str
@@ -48,6 +51,9 @@ class SampleRequest:
     stream: str
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: int = 0  # draws at each prompt position but the first
 
 
 class LoraEngine(Protocol):

@@ -11,7 +11,7 @@ rounding only, about 1e-6: that turns a token only where two are that close.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,7 @@ from agentlightning.rollout.cache import RowCache
 from agentlightning.rollout.sampling import choose, random_stream
 from agentlightning.tinker.engine_api import SampleRequest
 from agentlightning.tinker.engine_data import Limits
+from agentlightning.tinker.engine_prompt_scores import PromptScores, add_rows, check_targets, likeliest, wants_scores
 from agentlightning.tinker.types import SampledSequence, SampleResponse, SamplingParams, StopReason
 from agentlightning.types import SamplingParams as TokenChoice
 
@@ -68,10 +69,12 @@ class _Sequence:
     prompt: tuple[int, ...]
     limit: int  # tokens
     choice: TokenChoice
+    topk: int  # likeliest tokens to tell of at each position
     stops: Stops
     uniform_T: np.ndarray
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]] | None] = field(default_factory=list)
     ended: StopReason | None = None
 
     @property
@@ -79,14 +82,6 @@ class _Sequence:
         """The next input: token and position."""
         token = self.tokens[-1] if self.tokens else self.prompt[-1]
         return token, len(self.prompt) + len(self.tokens) - 1
-
-
-@dataclass(slots=True)
-class _PromptScores:
-    """What a request wants to know of its prompt; position 0 has none."""
-
-    logprobs: list[float | None]
-    top: list[list[tuple[int, float]] | None]
 
 
 def check_request(request: SampleRequest, limits: Limits) -> None:
@@ -98,13 +93,14 @@ def check_request(request: SampleRequest, limits: Limits) -> None:
         ("temperature", params.temperature, "at least 0", 0 <= params.temperature < float("inf")),
         ("top_p", params.top_p, "above 0 and at most 1", 0 < params.top_p <= 1),
         ("top_k", params.top_k, "at least 1, or -1 for no limit", params.top_k == -1 or params.top_k >= 1),
-        (
-            "topk_prompt_logprobs",
-            request.topk_prompt_logprobs,
-            f"0 to {limits.vocabulary}",
-            0 <= request.topk_prompt_logprobs <= limits.vocabulary,
-        ),
     ]
+    counts = {
+        "topk_prompt_logprobs": request.topk_prompt_logprobs,
+        "topk_sample_logprobs": request.topk_sample_logprobs,
+        "prompt_alt_tokens_k": request.prompt_alt_tokens_k,
+    }
+    for name, count in counts.items():
+        ranges.append((name, count, f"0 to {limits.vocabulary}", 0 <= count <= limits.vocabulary))
     for name, value, words, holds in ranges:
         if not holds:
             raise UserError(f"sample, {name}: given {value!r}, expected {words}")
@@ -113,6 +109,8 @@ def check_request(request: SampleRequest, limits: Limits) -> None:
     odd = [token for token in tokens if not 0 <= token < limits.vocabulary]
     if odd:
         raise UserError(f"sample, prompt: given token id {odd[0]}, expected 0 to {limits.vocabulary - 1}")
+    if request.target_prompt_logprobs is not None:
+        check_targets(request.target_prompt_logprobs, len(tokens), limits.vocabulary)
     stop = params.stop
     if isinstance(stop, str):
         stop = [stop]
@@ -174,7 +172,7 @@ class _Decoding:
         self.waiting = deque(self.sequences)
         self.rows: list[_Sequence] = []
         self.cache: RowCache | None = None
-        self.scores: dict[int, _PromptScores] = {}
+        self.scores: dict[int, PromptScores] = {}
 
     def run(self) -> list[SampleResponse]:
         while self.waiting or self.rows:
@@ -186,7 +184,7 @@ class _Decoding:
     def _sequences(self, place: int, request: SampleRequest) -> list[_Sequence]:
         params, prompt = request.sampling_params, tuple(request.prompt.to_ints())
         limit = self.sampler.max_tokens(len(prompt), params)
-        seed = self.sampler.seed if params.seed is None else params.seed
+        seed = self._seed(request)
         choice = TokenChoice(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
         stops = Stops.of(params.stop, self.sampler.end_ids)
         return [
@@ -196,11 +194,15 @@ class _Decoding:
                 prompt=prompt,
                 limit=limit,
                 choice=choice,
+                topk=request.topk_sample_logprobs,
                 stops=stops,
                 uniform_T=random_stream(seed, 0, request.stream, index, limit),
             )
             for index in range(request.num_samples)
         ]
+
+    def _seed(self, request: SampleRequest) -> int:
+        return self.sampler.seed if request.sampling_params.seed is None else request.sampling_params.seed
 
     def _admit(self) -> None:
         """Take sequences in while there is room, and not a few at a time while others run."""
@@ -247,27 +249,22 @@ class _Decoding:
     def _scored_requests(self, group: list[_Sequence]) -> list[int]:
         """The requests of these sequences that want to know of their prompt and do not yet."""
         places = dict.fromkeys(sequence.request for sequence in group)
-        wanting = [i for i in places if self.requests[i].prompt_logprobs or self.requests[i].topk_prompt_logprobs]
-        new = [i for i in wanting if i not in self.scores]
+        new = [i for i in places if wants_scores(self.requests[i]) and i not in self.scores]
         for i in new:
-            self.scores[i] = _PromptScores([None], [None])
+            self.scores[i] = PromptScores(self.requests[i], self._seed(self.requests[i]))
         return new
 
     def _score(self, first: _Sequence, requests: list[int], hidden_QH: torch.Tensor, start: int) -> None:
-        """Log-probabilities of the prompt's own tokens, and the likeliest ones: the state at q speaks of token q + 1."""
+        """What the prompt's states from position `start` on tell: the state at q speaks of token q + 1."""
         following = first.prompt[start + 1 : start + 1 + len(hidden_QH)]
-        top = max(self.requests[i].topk_prompt_logprobs for i in requests)
+        scores = [self.scores[i] for i in requests]
+        needed_from = min(one.first_row for one in scores)
         for at in range(0, len(following), _LOGIT_ROWS):
             target_N = torch.tensor(following[at : at + _LOGIT_ROWS], device=self.device)
-            self._use([first.adapter] * len(target_N))
-            logits_NV = output_head(self.sampler.model)(hidden_QH[at : at + len(target_N)])
-            log_p_NV = logits_NV.float().log_softmax(-1)
-            own = log_p_NV.gather(-1, target_N[:, None])[:, 0].tolist()
-            best = log_p_NV.topk(top, dim=-1)
-            pairs = [list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-            for i in requests:
-                self.scores[i].logprobs += own
-                self.scores[i].top += [row[: self.requests[i].topk_prompt_logprobs] for row in pairs]
+            if start + at + len(target_N) > needed_from:
+                self._use([first.adapter] * len(target_N))
+                logits_NV = output_head(self.sampler.model)(hidden_QH[at : at + len(target_N)])
+                add_rows(scores, start + at, target_N, logits_NV)
 
     def _decode(self) -> None:
         """One token more for every row."""
@@ -278,6 +275,7 @@ class _Decoding:
         logits_RV = output_head(self.sampler.model)(hidden_R1H[:, 0])
         uniform_R = torch.tensor([row.uniform_T[len(row.tokens)] for row in rows], device=self.device, dtype=torch.float64)
         token_R, logp_R = self._choose(logits_RV, uniform_R)
+        self._add_likeliest(logits_RV, token_R)
         for row, token, logp in zip(rows, token_R.tolist(), logp_R.tolist(), strict=True):
             if not np.isfinite(logp):
                 raise NumericsError(
@@ -293,9 +291,7 @@ class _Decoding:
 
     def _choose(self, logits_RV: torch.Tensor, uniform_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and log-probabilities; rows that are drawn in the same way together."""
-        ways: dict[TokenChoice, list[int]] = {}
-        for place, row in enumerate(self.rows):
-            ways.setdefault(row.choice, []).append(place)
+        ways = self._ways(range(len(self.rows)))
         if len(ways) == 1:
             return choose(logits_RV, uniform_R, self.rows[0].choice)
         token_R = torch.empty(len(self.rows), dtype=torch.int64, device=self.device)
@@ -304,6 +300,23 @@ class _Decoding:
             index = torch.tensor(places, device=self.device)
             token_R[index], logp_R[index] = choose(logits_RV[index], uniform_R[index], choice)
         return token_R, logp_R
+
+    def _ways(self, places: Iterable[int]) -> dict[TokenChoice, list[int]]:
+        ways: dict[TokenChoice, list[int]] = {}
+        for place in places:
+            ways.setdefault(self.rows[place].choice, []).append(place)
+        return ways
+
+    def _add_likeliest(self, logits_RV: torch.Tensor, token_R: torch.Tensor) -> None:
+        """For rows that want to know; in the distribution that `choose` gives the log-probabilities of, to the same bit."""
+        for choice, places in self._ways(place for place, row in enumerate(self.rows) if row.topk).items():
+            index = torch.tensor(places, device=self.device)
+            greedy = choice.temperature == 0
+            log_p_NV = (logits_RV[index].float() / (1.0 if greedy else choice.temperature)).log_softmax(-1)
+            most = max(self.rows[place].topk for place in places)
+            pairs = likeliest(log_p_NV, most, token_R[index] if greedy else None)
+            for place, row in zip(places, pairs, strict=True):
+                self.rows[place].top.append(row[: self.rows[place].topk])
 
     def _at_stop_string(self, row: _Sequence) -> bool:
         longest = max(len(stop.encode()) for stop in row.stops.strings)
@@ -348,12 +361,17 @@ class _Decoding:
         sequences = []
         for sequence in own:
             assert sequence.ended is not None
-            sequences.append(SampledSequence(sequence.ended, sequence.tokens, sequence.logprobs))
-        scores = self.scores[place] if place in self.scores else _PromptScores([], [])
+            top = sequence.top if request.topk_sample_logprobs else None
+            sequences.append(SampledSequence(sequence.ended, sequence.tokens, sequence.logprobs, top))
+        if place not in self.scores:
+            return SampleResponse(sequences)
+        scores = self.scores[place]
         return SampleResponse(
             sequences,
             scores.logprobs if request.prompt_logprobs else None,
             scores.top if request.topk_prompt_logprobs else None,
+            scores.targets.answer() if scores.targets is not None else None,
+            scores.draws.answer() if scores.draws is not None else None,
         )
 
 

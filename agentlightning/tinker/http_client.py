@@ -35,6 +35,7 @@ from agentlightning.tinker.types import (
     ModelData,
     ModelInput,
     OptimStepResponse,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
     SamplingParams,
@@ -175,13 +176,24 @@ class HttpSamplingClient(SamplingClient):
         sampling_params: SamplingParams,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
     ) -> Future[SampleResponse]:
         """See `SamplingClient`."""
         tokens = _types().ModelInput.from_ints(prompt.to_ints())
         params = _types().SamplingParams(**asdict(sampling_params))
-        return _ours(
-            self._sdk.sample(tokens, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs), _sample_response
+        answer = self._sdk.sample(
+            tokens,
+            num_samples,
+            params,
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            topk_sample_logprobs,
+            None if target_prompt_logprobs is None else _sdk_tensor(target_prompt_logprobs),
+            prompt_alt_tokens_k,
         )
+        return _ours(answer, _sample_response)
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """See `SamplingClient`."""
@@ -227,7 +239,17 @@ def _sdk_datum(datum: Datum) -> Any:
     inputs: Mapping[str, TensorData] = datum.loss_fn_inputs
     return types.Datum(
         model_input=types.ModelInput.from_ints(datum.model_input.to_ints()),
-        loss_fn_inputs={name: types.TensorData(data=t.data, dtype=t.dtype, shape=t.shape) for name, t in inputs.items()},
+        loss_fn_inputs={name: _sdk_tensor(tensor) for name, tensor in inputs.items()},
+    )
+
+
+def _sdk_tensor(tensor: TensorData) -> Any:
+    return _types().TensorData(
+        data=tensor.data,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        sparse_crow_indices=tensor.sparse_crow_indices,
+        sparse_col_indices=tensor.sparse_col_indices,
     )
 
 
@@ -239,9 +261,16 @@ def _output(answer: Any) -> ForwardBackwardOutput:
 def _tensor(tensor: Any) -> TensorData:
     if tensor.dtype not in ("float32", "int64"):
         raise UserError(f"the server answered with a tensor of {tensor.dtype}, expected float32 or int64")
-    return TensorData(tensor.data, tensor.dtype, tensor.shape)
+    return TensorData(tensor.data, tensor.dtype, tensor.shape, tensor.sparse_crow_indices, tensor.sparse_col_indices)
 
 
 def _sample_response(answer: Any) -> SampleResponse:
-    sequences = [SampledSequence(s.stop_reason, list(s.tokens), s.logprobs) for s in answer.sequences]
-    return SampleResponse(sequences, answer.prompt_logprobs, answer.topk_prompt_logprobs)
+    sequences = [SampledSequence(s.stop_reason, list(s.tokens), s.logprobs, s.topk_logprobs) for s in answer.sequences]
+    named, drawn = answer.target_prompt_logprobs, answer.prompt_alt_tokens
+    return SampleResponse(
+        sequences,
+        answer.prompt_logprobs,
+        answer.topk_prompt_logprobs,
+        None if named is None else _tensor(named),
+        None if drawn is None else PromptAltTokens(_tensor(drawn.tokens), _tensor(drawn.logprobs)),
+    )

@@ -19,7 +19,7 @@ from agentlightning.errors import UserError
 from agentlightning.tinker.dispatch import EngineThread
 from agentlightning.tinker.engine_api import BaseModelInfo, SampleRequest
 from agentlightning.tinker.futures import Future, Ready
-from agentlightning.tinker.types import ModelInput, SampleResponse, SamplingParams
+from agentlightning.tinker.types import ModelInput, SampleResponse, SamplingParams, TensorData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,10 +42,15 @@ class SamplingClient(Ready):
         sampling_params: SamplingParams,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
     ) -> Future[SampleResponse]:
         """`num_samples` completions of `prompt`. Ask for many before you wait for one: they are sampled together.
 
-        The same prompt with the same `sampling_params.seed` gives the same completions again.
+        The same prompt with the same `sampling_params.seed` gives the same completions again. `topk_*_logprobs`: that many
+        likeliest tokens at each position. `target_prompt_logprobs`: token ids, int64 [len(prompt) - 1, K], to look up at each
+        prompt position but the first; -1 is none. `prompt_alt_tokens_k`: that many draws at each of those positions.
         """
         if type(num_samples) is not int or num_samples < 1:
             raise UserError(f"num_samples={num_samples!r}; expected a whole number from 1")
@@ -59,6 +64,9 @@ class SamplingClient(Ready):
             stream=self._stream_of(prompt, sampling_params),
             prompt_logprobs=include_prompt_logprobs or topk_prompt_logprobs > 0,
             topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
         )
         return self._engine.sample(request, self)
 
@@ -69,9 +77,21 @@ class SamplingClient(Ready):
         sampling_params: SamplingParams,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
     ) -> SampleResponse:
         """`sample`, waited for. Many at once: `asyncio.gather`."""
-        return await self.sample(prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs)
+        return await self.sample(
+            prompt,
+            num_samples,
+            sampling_params,
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            topk_sample_logprobs,
+            target_prompt_logprobs,
+            prompt_alt_tokens_k,
+        )
 
     def compute_logprobs(self, prompt: ModelInput) -> Future[list[float | None]]:
         """The log-probability of each token of `prompt` given those before it, in nats; of the first one None."""

@@ -69,18 +69,34 @@ class ModelInput:
 
 @dataclass(frozen=True, eq=False)
 class TensorData:
-    """A dense tensor, int64 or float32, of any shape."""
+    """A tensor, int64 or float32: dense and of any shape, or a matrix of which some cells are listed, row by row (CSR)."""
 
-    array: np.ndarray
+    array: np.ndarray  # of a sparse one the listed values, flat
+    shape: list[int]  # as torch's
+    sparse_crow_indices: list[int] | None  # where each row's values begin, and their count
+    sparse_col_indices: list[int] | None  # the column of each value
 
     def __init__(
-        self, data: Sequence[int] | Sequence[float] | np.ndarray, dtype: TensorDtype, shape: Sequence[int] | None = None
+        self,
+        data: Sequence[int] | Sequence[float] | np.ndarray,
+        dtype: TensorDtype,
+        shape: Sequence[int] | None = None,
+        sparse_crow_indices: Sequence[int] | None = None,
+        sparse_col_indices: Sequence[int] | None = None,
     ) -> None:
-        """ValueError if `dtype` is another one, or `data` does not fill `shape`."""
+        """ValueError if `dtype` is another one, `data` does not fill `shape`, or the indices of a sparse one do not fit it."""
         if dtype not in _NUMPY:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_NUMPY)}")
         array = np.asarray(data, dtype=_NUMPY[dtype])
-        object.__setattr__(self, "array", array if shape is None else array.reshape(tuple(shape)))
+        if sparse_crow_indices is None and sparse_col_indices is None:
+            array = array if shape is None else array.reshape(tuple(shape))
+            rows = columns = None
+        else:
+            rows, columns = _csr_indices(array, shape, sparse_crow_indices, sparse_col_indices)
+        object.__setattr__(self, "array", array)
+        object.__setattr__(self, "shape", list(array.shape if shape is None or rows is None else shape))
+        object.__setattr__(self, "sparse_crow_indices", rows)
+        object.__setattr__(self, "sparse_col_indices", columns)
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:
@@ -92,34 +108,64 @@ class TensorData:
         """Floats become float32, integers int64."""
         return cls.from_numpy(tensor.detach().float().numpy() if tensor.is_floating_point() else tensor.detach().numpy())
 
+    @classmethod
+    def from_torch_sparse(cls, tensor: torch.Tensor, pad_value: int = 0) -> TensorData:
+        """A matrix without its cells that are `pad_value`, if that makes it smaller; anything else dense."""
+        dense = cls.from_torch(tensor)
+        if dense.array.ndim != 2:
+            return dense
+        row, column = np.nonzero(dense.array != pad_value)
+        begin = np.searchsorted(row, np.arange(len(dense.array) + 1))
+        if begin.size + 2 * row.size >= dense.array.size:
+            return dense
+        return cls(dense.array[row, column], dense.dtype, dense.shape, begin.tolist(), column.tolist())
+
     @property
     def dtype(self) -> TensorDtype:
         """`int64` or `float32`."""
         return "float32" if self.array.dtype == np.float32 else "int64"
 
     @property
-    def shape(self) -> list[int]:
-        """As torch's."""
-        return list(self.array.shape)
-
-    @property
     def data(self) -> list[Any]:
-        """All values, flat."""
+        """All values, flat; of a sparse one those that are listed."""
         return self.array.ravel().tolist()
 
-    def to_numpy(self) -> np.ndarray:
-        """The array itself."""
-        return self.array
+    def to_numpy(self, pad_value: int = 0) -> np.ndarray:
+        """The array itself; a sparse one made dense, with `pad_value` in the cells that are not listed."""
+        if self.sparse_crow_indices is None:
+            return self.array
+        dense = np.full(self.shape, pad_value, self.array.dtype)
+        dense[np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices)), self.sparse_col_indices] = self.array
+        return dense
 
-    def to_torch(self) -> torch.Tensor:
-        """A copy."""
+    def to_torch(self, pad_value: int = 0) -> torch.Tensor:
+        """`to_numpy` as a tensor; a copy."""
         import torch
 
-        return torch.tensor(self.array)
+        return torch.tensor(self.to_numpy(pad_value))
 
-    def tolist(self) -> list[Any]:
-        """Nested as `shape` says."""
-        return self.array.tolist()
+    def tolist(self, pad_value: int = 0) -> list[Any]:
+        """`to_numpy` as lists, nested as `shape` says."""
+        return self.to_numpy(pad_value).tolist()
+
+
+def _csr_indices(
+    values: np.ndarray, shape: Sequence[int] | None, rows: Sequence[int] | None, columns: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """The indices of a sparse matrix, checked: each cell at most once, in order."""
+    if shape is None or len(shape) != 2 or min(shape) < 0 or rows is None or columns is None or values.ndim != 1:
+        raise ValueError(
+            f"a sparse tensor of shape {shape}; expected flat data, a shape of two numbers, sparse_crow_indices and "
+            "sparse_col_indices"
+        )
+    begin, column = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+    fits = begin.shape == (shape[0] + 1,) and column.shape == values.shape and begin[0] == 0 and begin[-1] == values.size
+    if not fits or (np.diff(begin) < 0).any() or ((column < 0) | (column >= shape[1])).any():
+        raise ValueError(f"sparse indices that do not fit {values.size} values in the shape {list(shape)}; expected CSR's")
+    row = np.repeat(np.arange(shape[0]), np.diff(begin))
+    if ((np.diff(row) == 0) & (np.diff(column) <= 0)).any():
+        raise ValueError("sparse_col_indices that do not rise within a row; expected each column once, in order")
+    return begin.tolist(), column.tolist()
 
 
 @dataclass(frozen=True)
@@ -187,20 +233,37 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """One completion: its tokens, and the log-probability of each under the sampler at the sampling temperature."""
+    """One completion: its tokens, and the log-probability of each under the sampler at the sampling temperature.
+
+    `topk_logprobs[i]` are the likeliest tokens at position i, the likeliest first, in the same distribution.
+    """
 
     stop_reason: StopReason
     tokens: list[int]
     logprobs: list[float] | None = None
+    topk_logprobs: list[list[tuple[int, float]] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAltTokens:
+    """Draws that could have stood in a prompt's place. Both tensors: [len(prompt) - 1, k]; row i is of prompt token i + 1."""
+
+    tokens: TensorData  # int64, drawn at the request's temperature, with replacement
+    logprobs: TensorData  # float32, the model's own, like prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class SampleResponse:
-    """`num_samples` completions of one prompt; `prompt_logprobs[i]` is that of prompt token i given those before, [0] None."""
+    """`num_samples` completions of one prompt; `prompt_logprobs[i]` is that of prompt token i given those before, [0] None.
+
+    `target_prompt_logprobs` has the layout of what the request named: [i, j] is of id [i, j] at prompt position i + 1.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens: PromptAltTokens | None = None
     type: Literal["sample"] = "sample"
 
 

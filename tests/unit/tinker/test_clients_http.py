@@ -34,20 +34,26 @@ class Recorder:
         return call
 
 
+def tensor(dtype, data, shape, rows=None, columns=None):
+    return SimpleNamespace(dtype=dtype, data=data, shape=shape, sparse_crow_indices=rows, sparse_col_indices=columns)
+
+
 @pytest.fixture
 def sdk(monkeypatch):
     """`tinker`, with types that are dictionaries."""
     sampling = Recorder(
         sample=SimpleNamespace(
-            sequences=[SimpleNamespace(stop_reason="stop", tokens=[7], logprobs=[-1.0])],
+            sequences=[SimpleNamespace(stop_reason="stop", tokens=[7], logprobs=[-1.0], topk_logprobs=[[(7, -1.0)]])],
             prompt_logprobs=[None, -0.5],
             topk_prompt_logprobs=None,
+            target_prompt_logprobs=tensor("float32", [-2.0], [1, 3], [0, 1], [2]),
+            prompt_alt_tokens=SimpleNamespace(tokens=tensor("int64", [4], [1, 1]), logprobs=tensor("float32", [-3.0], [1, 1])),
         ),
         compute_logprobs=[None, -0.5],
     )
     output = SimpleNamespace(
         loss_fn_output_type="x",
-        loss_fn_outputs=[{"logprobs": SimpleNamespace(dtype="float32", data=[-1.0, -2.0], shape=[2])}],
+        loss_fn_outputs=[{"logprobs": tensor("float32", [-1.0, -2.0], [2])}],
         metrics={"loss:sum": 3.0},
     )
     training = Recorder(
@@ -94,12 +100,29 @@ def test_the_same_words_reach_the_server_and_its_answers_come_back_as_ours(sdk):
     assert [name for name, _, _ in sdk.service.calls] == ["create_lora_training_client", "close"]
     name, (sent, loss_fn, config), _ = sdk.training.calls[0]
     assert (name, loss_fn, config) == ("forward_backward", "cross_entropy", {"a": 1.0})
-    assert sent[0]["loss_fn_inputs"]["weights"] == {"data": [1.0, 0.5], "dtype": "float32", "shape": [2]}
-    assert sent[0]["loss_fn_inputs"]["target_tokens"] == {"data": [2, 3], "dtype": "int64", "shape": [2]}
+    assert sent[0]["loss_fn_inputs"]["weights"] == vars(tensor("float32", [1.0, 0.5], [2]))
+    assert sent[0]["loss_fn_inputs"]["target_tokens"] == vars(tensor("int64", [2, 3], [2]))
     assert sdk.training.calls[1][1][0]["learning_rate"] == 0.5
     loads = [name for name, _, _ in sdk.training.calls if name.startswith("load_state")]
     assert loads == ["load_state_with_optimizer", "load_state"]
     assert sdk.sampling.calls[0][1][2]["seed"] == 3
+
+
+def test_what_a_sample_shall_tell_of_beside_its_tokens(sdk):
+    sampler = ServiceClient(base_url=URL).create_lora_training_client("base").save_weights_and_get_sampling_client()
+    named = TensorData([9], "int64", [1, 3], [0, 1], [2])
+    answer = sampler.sample(
+        ModelInput.from_ints([1, 2]),
+        1,
+        SamplingParams(),
+        topk_sample_logprobs=1,
+        target_prompt_logprobs=named,
+        prompt_alt_tokens_k=1,
+    ).result()
+    assert sdk.sampling.calls[0][1][3:] == (False, 0, 1, vars(tensor("int64", [9], [1, 3], [0, 1], [2])), 1)
+    assert answer.sequences[0].topk_logprobs == [[(7, -1.0)]]
+    assert answer.target_prompt_logprobs.tolist(pad_value=5) == [[5, 5, -2]]
+    assert (answer.prompt_alt_tokens.tokens.tolist(), answer.prompt_alt_tokens.logprobs.tolist()) == ([[4]], [[-3.0]])
 
 
 async def _save(client):
