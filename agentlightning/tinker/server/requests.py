@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
-from agentlightning.tinker.types import AdamParams, LoraConfig, SamplingParams
+from agentlightning.errors import UserError
+from agentlightning.tinker.types import AdamParams, LoraConfig, SamplingParams, TensorData
 
 _HOUR, _TEN_YEARS = 3600, 10 * 366 * 24 * 3600
+_MAX_WIDTH = 100  # log-probabilities at a position
+_MAX_CELLS = 1 << 24  # of all samples of a request
+Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 Ttl = int | None
 
 
@@ -217,6 +221,25 @@ class Sampling(Body):
         return SamplingParams(**self.model_dump())
 
 
+class Targets(Body):
+    """A TensorData of token ids, dense or sparse; -1 names none."""
+
+    data: list[Annotated[int, Field(ge=-1, lt=1 << 31)]]
+    dtype: Literal["int64"]
+    shape: tuple[Size, Size]
+    sparse_crow_indices: list[Size] | None = None
+    sparse_col_indices: list[Size] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Targets:
+        self.plain()
+        return self
+
+    def plain(self) -> TensorData:
+        """As the engine takes it. ValueError if the parts do not fit."""
+        return TensorData(**self.model_dump())
+
+
 class Asample(Body):
     """`asample`."""
 
@@ -226,11 +249,27 @@ class Asample(Body):
     sampling_params: Sampling
     num_samples: int = Field(1, ge=1, le=4096)
     prompt_logprobs: bool | None = None
-    topk_prompt_logprobs: int = Field(0, ge=0, le=100)
+    topk_prompt_logprobs: int = Field(0, ge=0, le=_MAX_WIDTH)
     prompt_logprobs_last_n: int | None = Field(None, ge=1)
-    topk_sample_logprobs: Literal[0] = 0
-    target_prompt_logprobs: None = None
-    prompt_alt_tokens_k: Literal[0] = 0
+    topk_sample_logprobs: int = Field(0, ge=0, le=_MAX_WIDTH)
+    target_prompt_logprobs: Targets | None = None
+    prompt_alt_tokens_k: int = Field(0, ge=0, le=_MAX_WIDTH)
+
+    def check_size(self, prompt_tokens: int, context: int) -> None:
+        """UserError for an answer that would be too large for a server that others use as well."""
+        targets = self.target_prompt_logprobs
+        named = 0 if targets is None else sum(token >= 0 for token in targets.data)
+        if named > _MAX_WIDTH * prompt_tokens:
+            raise UserError(
+                f"target_prompt_logprobs names {named} ids; expected at most {_MAX_WIDTH} for each of the {prompt_tokens} "
+                f"prompt tokens, {_MAX_WIDTH * prompt_tokens} in all"
+            )
+        tokens = self.num_samples * min(self.sampling_params.max_tokens or context, context)
+        if tokens * self.topk_sample_logprobs > _MAX_CELLS:
+            raise UserError(
+                f"topk_sample_logprobs is {self.topk_sample_logprobs}, of {self.num_samples} samples together up to {tokens} "
+                f"tokens; expected at most {_MAX_CELLS} log-probabilities in an answer: lower num_samples or max_tokens"
+            )
 
 
 class RequestId(Body):

@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -223,6 +224,9 @@ class Runner:
             stream=self._stream(operation, body),
             prompt_logprobs=bool(body.prompt_logprobs),
             topk_prompt_logprobs=body.topk_prompt_logprobs,
+            topk_sample_logprobs=body.topk_sample_logprobs,
+            target_prompt_logprobs=body.target_prompt_logprobs.plain() if body.target_prompt_logprobs else None,
+            prompt_alt_tokens_k=body.prompt_alt_tokens_k,
         )
         return request, body
 
@@ -312,4 +316,4 @@ def _last_n(response: SampleResponse, last_n: int | None) -> SampleResponse:
         logprobs = [None] * (len(logprobs) - last_n) + list(logprobs[-last_n:])
     if topk is not None:
         topk = [None] * (len(topk) - last_n) + list(topk[-last_n:])
-    return SampleResponse(response.sequences, logprobs, topk)
+    return replace(response, prompt_logprobs=logprobs, topk_prompt_logprobs=topk)

@@ -195,6 +195,7 @@ class Service:
         longest = self.base.max_context_length
         if not tokens or len(tokens) >= longest or min(tokens) < 0 or max(tokens) >= 1 << 31:
             raise UserError(f"the prompt has {len(tokens)} tokens; expected 1 to {longest - 1} token ids, none below 0")
+        body.check_size(len(tokens), longest)
         last_n = body.prompt_logprobs_last_n
         if last_n is not None and (not body.prompt_logprobs or last_n > len(tokens) - 1):
             raise UserError(f"prompt_logprobs_last_n is {last_n}; expected prompt_logprobs with it, and 1 to {len(tokens) - 1}")

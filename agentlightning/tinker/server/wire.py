@@ -69,11 +69,19 @@ _MESSAGES: dict[str, tuple[tuple[str, int, str], ...]] = {
         ("metrics", 3, "map<string,double>"),
     ),
     "TopkLogprobs": (("token_ids", 1, "bytes"), ("logprobs", 2, "bytes"), ("k", 3, "uint32"), ("length", 4, "uint32")),
-    "SampledSequence": (("stop_reason", 1, "int32"), ("tokens", 2, "bytes"), ("logprobs", 3, "bytes")),
+    "SampledSequence": (
+        ("stop_reason", 1, "int32"),
+        ("tokens", 2, "bytes"),
+        ("logprobs", 3, "bytes"),
+        ("topk_sampled_logprobs", 4, "TopkLogprobs"),
+    ),
+    "PromptAltTokens": (("tokens", 1, "Tensor"), ("logprobs", 2, "Tensor")),
     "SampleResponse": (
         ("sequences", 1, "repeated SampledSequence"),
         ("prompt_logprobs", 2, "bytes"),
         ("topk_prompt_logprobs", 3, "TopkLogprobs"),
+        ("target_prompt_logprobs", 5, "Tensor"),
+        ("prompt_alt_tokens", 6, "PromptAltTokens"),
     ),
 }
 _Field = descriptor_pb2.FieldDescriptorProto
@@ -254,6 +262,11 @@ def encode_sample(response: SampleResponse) -> bytes:
         message.prompt_logprobs = np.asarray(values, np.float32).tobytes()
     if response.topk_prompt_logprobs is not None:
         _set_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs)
+    if response.target_prompt_logprobs is not None:
+        _set_tensor(message.target_prompt_logprobs, response.target_prompt_logprobs)
+    if response.prompt_alt_tokens is not None:
+        _set_tensor(message.prompt_alt_tokens.tokens, response.prompt_alt_tokens.tokens)
+        _set_tensor(message.prompt_alt_tokens.logprobs, response.prompt_alt_tokens.logprobs)
     return message.SerializeToString(deterministic=True)
 
 
@@ -262,7 +275,20 @@ def _sequence(sequence: SampledSequence) -> Any:
     message.tokens = np.asarray(sequence.tokens, np.int32).tobytes()
     if sequence.logprobs is not None:
         message.logprobs = np.asarray(sequence.logprobs, np.float32).tobytes()
+    if sequence.topk_logprobs is not None:
+        _set_topk(message.topk_sampled_logprobs, sequence.topk_logprobs)
     return message
+
+
+def _set_tensor(message: Any, tensor: TensorData) -> None:
+    message.dtype = _FLOAT32 if tensor.dtype == "float32" else _INT64
+    message.shape.extend(tensor.shape)
+    if tensor.sparse_crow_indices is None:
+        message.dense = tensor.array.tobytes()
+    else:
+        message.sparse_csr.values = tensor.array.tobytes()
+        message.sparse_csr.crow_indices = np.asarray(tensor.sparse_crow_indices, np.int64).tobytes()
+        message.sparse_csr.col_indices = np.asarray(tensor.sparse_col_indices, np.int64).tobytes()
 
 
 def _set_topk(message: Any, rows: Sequence[Sequence[tuple[int, float]] | None]) -> None:

@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from agentlightning.tinker.types import (
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
+    PromptAltTokens,
     SampledSequence,
     SampleResponse,
     TensorData,
@@ -168,7 +169,17 @@ class FakeEngine:
         topk = None
         if request.topk_prompt_logprobs:
             topk = [None, *([(token, -1.0)] for token in prompt[1:])]
-        return SampleResponse(sequences, logprobs, topk)
+        if request.topk_sample_logprobs:
+            sequences = [replace(one, topk_logprobs=[[(token, -1.0)] for token in one.tokens]) for one in sequences]
+        named, k = request.target_prompt_logprobs, request.prompt_alt_tokens_k
+        looked_up, drawn = None, None
+        if named is not None:
+            at = (named.shape, named.sparse_crow_indices, named.sparse_col_indices)
+            looked_up = TensorData(-named.array, "float32", *at)
+        if k:
+            tokens = np.zeros((len(prompt) - 1, k))
+            drawn = PromptAltTokens(TensorData(tokens, "int64"), TensorData(tokens, "float32"))
+        return SampleResponse(sequences, logprobs, topk, looked_up, drawn)
 
     def close(self) -> None:
         self.closed = True

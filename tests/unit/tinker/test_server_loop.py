@@ -10,6 +10,7 @@ import pytest
 from serving import KEY, OTHER, Client, forward_backward, output, serving
 
 from agentlightning.errors import NumericsError
+from agentlightning.tinker.server.wire import MESSAGES
 
 
 def run(root: Path, test, **options) -> None:
@@ -244,10 +245,63 @@ def test_one_bad_sample_does_not_harm_those_beside_it(tmp_path: Path):
         assert "vocabulary" in (await client.result(bad))["error"]
         await client.result(held)
         await client.post("asample", {"sampling_session_id": sampler, "seq_id": 5}, 422)
-        for prompt, options, status in (([1] * 512, {}, 400), ([1], {"prompt_alt_tokens_k": 2}, 422), ([-1], {}, 400)):
+        for prompt, options, status in (([1] * 512, {}, 400), ([1], {"prompt_alt_tokens_k": 101}, 422), ([-1], {}, 400)):
             chunks = [{"type": "encoded_text", "tokens": prompt}]
             body = {"sampling_session_id": sampler, "seq_id": 9, "prompt": {"chunks": chunks}, "sampling_params": {}}
             await client.post("asample", {**body, **options}, status)
+
+    run(tmp_path, test)
+
+
+def test_what_a_sample_shall_tell_of_reaches_the_engine_and_comes_back(tmp_path: Path):
+    async def test(client: Client):
+        await client.open()
+        await client.snapshot(0)
+        sampler = f"{client.session}:sample:0"
+        targets = {"data": [7, 9], "dtype": "int64", "shape": [2, 3]}
+        sparse = {"sparse_crow_indices": [0, 0, 2], "sparse_col_indices": [0, 2]}
+        options = {"topk_sample_logprobs": 1, "prompt_alt_tokens_k": 2, "target_prompt_logprobs": {**targets, **sparse}}
+        last = {"prompt_logprobs": True, "prompt_logprobs_last_n": 1}  # which touches none of the three
+        raw = await client.result(await client.ask(sampler, 0, **options, **last))
+        answer = MESSAGES["SampleResponse"].FromString(raw)
+        assert [(one.topk_sampled_logprobs.k, one.topk_sampled_logprobs.length) for one in answer.sequences] == [(1, 4)] * 2
+        given = answer.target_prompt_logprobs
+        assert (given.dtype, list(given.shape), given.sparse_csr.values) == (1, [2, 3], np.float32([-7, -9]).tobytes())
+        assert np.frombuffer(given.sparse_csr.crow_indices, "<i8").tolist() == [0, 0, 2]
+        assert list(answer.prompt_alt_tokens.tokens.shape) == list(answer.prompt_alt_tokens.logprobs.shape) == [2, 2]
+        assert np.isnan(np.frombuffer(answer.prompt_logprobs, "<f4")).tolist() == [True, True, False]
+        without = MESSAGES["SampleResponse"].FromString(await client.result(await client.ask(sampler, 1)))
+        for field in ("target_prompt_logprobs", "prompt_alt_tokens"):
+            assert not without.HasField(field)
+
+    run(tmp_path, test)
+
+
+def test_a_sample_that_cannot_tell_what_it_shall_is_refused_at_once(tmp_path: Path):
+    async def test(client: Client):
+        await client.open()
+        await client.snapshot(0)
+        dense = {"data": [7, 9], "dtype": "int64", "shape": [2, 1]}
+        sparse = {"sparse_crow_indices": [0, 1, 2], "sparse_col_indices": [0, 0]}
+        many = {"num_samples": 4096, "sampling_params": {}}
+        for options, status, said in (
+            ({"topk_sample_logprobs": 101}, 422, "topk_sample_logprobs"),
+            ({"topk_sample_logprobs": -1}, 422, "topk_sample_logprobs"),
+            ({"prompt_alt_tokens_k": -1}, 422, "prompt_alt_tokens_k"),
+            ({"target_prompt_logprobs": {**dense, "dtype": "float32"}}, 422, "target_prompt_logprobs.dtype"),
+            ({"target_prompt_logprobs": {**dense, "shape": [2]}}, 422, "target_prompt_logprobs.shape"),
+            ({"target_prompt_logprobs": {**dense, "shape": [-1, 1]}}, 422, "target_prompt_logprobs.shape"),
+            ({"target_prompt_logprobs": {**dense, "shape": [2, 2]}}, 422, "reshape"),
+            ({"target_prompt_logprobs": {**dense, "data": [7, -2]}}, 422, "target_prompt_logprobs.data.1"),
+            ({"target_prompt_logprobs": {**dense, **sparse, "sparse_col_indices": None}}, 422, "sparse_col_indices"),
+            ({"target_prompt_logprobs": {**dense, **sparse, "sparse_crow_indices": [0, 1, 9]}}, 422, "do not fit"),
+            ({"target_prompt_logprobs": {**dense, "data": [5] * 301, "shape": [1, 301]}}, 400, "at most 100 for each of the 3"),
+            ({**many, "topk_sample_logprobs": 20}, 400, "lower num_samples or max_tokens"),
+        ):
+            chunks = [{"type": "encoded_text", "tokens": [1, 2, 3]}]
+            body = {"sampling_session_id": f"{client.session}:sample:0", "seq_id": 9, "prompt": {"chunks": chunks}}
+            reply = await client.post("asample", {**body, "sampling_params": {"max_tokens": 4}, **options}, status)
+            assert said in reply["detail"]
 
     run(tmp_path, test)
 
