@@ -11,7 +11,7 @@ from agentlightning.errors import NumericsError, UserError
 from agentlightning.tinker.engine import EngineSettings, InProcessLoraEngine
 from agentlightning.tinker.engine_api import SampleRequest
 from agentlightning.tinker.ray_engine import RayLoraEngine
-from agentlightning.tinker.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from agentlightning.tinker.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams, TensorData
 
 pytestmark = pytest.mark.e2e
 SETTINGS = EngineSettings("tiny", "cpu", num_threads=1)
@@ -21,7 +21,11 @@ DATA = [
 ]
 OVERFLOWING = Datum(ModelInput.from_ints([258]), {"target_tokens": [20], "logprobs": [-1000.0], "advantages": [1.0]})
 SAMPLES = [
-    SampleRequest("now", ModelInput.from_ints([258, 20 + i]), 2, SamplingParams(max_tokens=12, stop=[]), f"s{i}")
+    SampleRequest(
+        *("now", ModelInput.from_ints([258, 20 + i]), 2, SamplingParams(max_tokens=12, stop=[]), f"s{i}"),
+        target_prompt_logprobs=TensorData([30], "int64", [1, 3], [0, 1], [2]),
+        prompt_alt_tokens_k=4,
+    )
     for i in range(3)
 ]
 
@@ -46,7 +50,9 @@ def played(engine, directory: Path) -> list:
         engine.forward_backward("m", [harmless, OVERFLOWING], "importance_sampling")
     engine.save_state("m", directory / "a")
     engine.add_sampler("now", "m")
-    seen.append([[s.tokens for s in response.sequences] for response in engine.sample(SAMPLES)])
+    samples = engine.sample(SAMPLES)
+    seen.append([([s.tokens for s in r.sequences], r.prompt_alt_tokens.tokens.tolist()) for r in samples])
+    assert all(r.target_prompt_logprobs.to_numpy()[0, 2] < 0 for r in samples)
     engine.create_model("n", LoraConfig(rank=4, seed=8))
     engine.load_state("n", directory / "a", optimizer=True)
     for model_id in ("m", "n"):

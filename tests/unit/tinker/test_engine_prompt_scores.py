@@ -12,6 +12,7 @@ import torch
 from agentlightning.errors import UserError
 from agentlightning.models.base import load_base, output_head
 from agentlightning.rollout.sampling import random_stream
+from agentlightning.tinker import engine_sampling
 from agentlightning.tinker.engine import EngineSettings, InProcessLoraEngine
 from agentlightning.tinker.engine_api import SampleRequest
 from agentlightning.tinker.engine_prompt_scores import likeliest
@@ -245,6 +246,23 @@ def test_all_of_them_do_not_depend_on_who_is_sampled_beside(engine):
                 other.target_prompt_logprobs.to_numpy(), one.target_prompt_logprobs.to_numpy(), atol=NEAR
             )
             assert likeliest_ids(other) == likeliest_ids(one)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(3, 2), (4, 256), (1024, 1)])
+def test_how_a_prompts_rows_are_cut_changes_nothing(engine, monkeypatch, columns, rows):
+    named = TensorData.from_torch_sparse(ids((0, 0, 5), (3, 2, 8), (5, 1, 6)), pad_value=-1)
+    options = {"prompt_alt_tokens_k": 3, "target_prompt_logprobs": named, "topk_prompt_logprobs": 2}
+    whole = ask(engine, **options)
+    monkeypatch.setattr(engine_sampling, "_PREFILL_COLUMNS", columns)
+    monkeypatch.setattr(engine_sampling, "_LOGIT_ROWS", rows)
+    cut = ask(engine, **options)
+    assert cut.prompt_alt_tokens.tokens.tolist() == whole.prompt_alt_tokens.tokens.tolist()
+    for one, other in (
+        (cut.prompt_alt_tokens.logprobs, whole.prompt_alt_tokens.logprobs),
+        (cut.target_prompt_logprobs, whole.target_prompt_logprobs),
+    ):
+        np.testing.assert_allclose(one.to_numpy(), other.to_numpy(), atol=NEAR)
+    assert len(cut.topk_prompt_logprobs) == len(PROMPT)
 
 
 def likeliest_ids(response: SampleResponse) -> list[list[int]]:
