@@ -91,8 +91,20 @@ def launch(config: Config) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if trainer.backend == "ray":
-            _leave_ray(exit_code)
+            with _unheard(SIGNALS):  # it is short, and a second signal would leave processes of Ray's behind
+                _leave_ray(exit_code)
     return exit_code
+
+
+@contextmanager
+def _unheard(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """These signals change nothing."""
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def _hold_directory_and_run(config: Config, stop: Preemption, started: float) -> int:

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -185,18 +186,23 @@ class RayWorkers:
         world_size: int,
         gpus_per_worker: int,
         cpus_per_worker: int,
-        log_dir: Path,
+        log_dir: Path | None,
         stop: Preemption,
         process: type[WorkerActor] = WorkerActor,
         group: tuple[Demand, PlacementGroup] | None = None,
         timeout_s: float = 600.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`group` is what was reserved for the workers; without it, places are reserved wherever there is room."""
+        """`log_dir=None`: the workers' logs go with Ray's own, into the folder of the session, and end with it.
+
+        `group` is what was reserved for the workers; without it, places are reserved wherever there is room.
+        """
         self.world_size = world_size
         self.stop = stop
         self.timeout_s = timeout_s
         self.say = say
+        if log_dir is None:
+            log_dir = Path(tempfile.mkdtemp(prefix="agentlightning-", dir=own_session() / "logs"))
         self.log_paths = [log_dir / f"worker_{rank}.log" for rank in range(world_size)]
         log_dir.mkdir(parents=True, exist_ok=True)
         if group is None:

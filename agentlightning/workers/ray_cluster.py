@@ -168,10 +168,12 @@ def mark_owner(folder: Path) -> None:
     process = psutil.Process()
     folder.mkdir(parents=True, exist_ok=True)
     for owner in folder.glob(f"{_OWNER}*"):
-        if not _owner_lives(owner):
+        if _owner_lives(owner):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another start removes it too
             for session in _sessions_of(owner):
                 shutil.rmtree(session, ignore_errors=True)
-            owner.unlink(missing_ok=True)
+            owner.unlink()
     (folder / f"{_OWNER}{process.pid}").write_text(f"{process.pid} {process.create_time()}")
 
 

@@ -1,5 +1,5 @@
 """On a cluster that others have started, of two nodes: jobs that are submitted, stopped and submitted again; a node that is
-killed; a worker that is stopped and so says nothing more."""
+killed, and the head; a worker that stands still, and one that is stopped and so says nothing more."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ import agentlightning
 from agentlightning.checkpoint.preemption import Preemption
 from agentlightning.errors import WorkerError
 from agentlightning.workers.ray_backend import RayWorkers, WorkerActor, leave_ray, start_ray
+from agentlightning.workers.ray_cluster import own_session
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("cluster")]
 PATIENCE_S = 120.0
 RAY = str(Path(sys.executable).with_name("ray"))
+IN_PROCESS = "trainer.backend=inprocess"
 TWO_NODES = ("trainer.nnodes=2", "trainer.n_gpus_per_node=1")
 
 
@@ -49,10 +51,13 @@ class Cluster:
         self.nodes: list[psutil.Process] = []
 
     def start(self) -> None:
-        temporary = str(self.folder / "ray")
-        self._node("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--temp-dir={temporary}")
-        wait_until(lambda: "Ray runtime started" in (self.folder / "node0").read_text(), "the head")
+        self.start_head()
         self._node(f"--address=127.0.0.1:{self.port}")
+
+    def start_head(self) -> None:
+        temporary, said = str(self.folder / "ray"), self.folder / f"node{len(self.nodes)}"
+        self._node("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}", f"--temp-dir={temporary}")
+        wait_until(lambda: "Ray runtime started" in said.read_text(), "the head")
 
     def _node(self, *words: str) -> None:
         agent = (f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=1", "--block", "--disable-usage-stats")
@@ -146,13 +151,34 @@ def test_a_run_whose_node_is_killed_goes_on_with_the_rest(cluster, new_run):
     assert run.newest_valid() == 5
 
 
-def test_a_worker_that_is_stopped_is_noticed_killed_and_started_again(new_run):
+def test_a_run_whose_head_is_killed_goes_on_with_the_next_one(cluster, new_run):
+    joins = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    auth = {name: value for name, value in cluster.environment.items() if name.startswith("RAY_AUTH")}
+    run, reference = new_run(**joins, **auth), new_run(IN_PROCESS)
+    run.hold_in("reward", step=3)
+    for number in range(len(cluster.nodes)):  # the machine on which the head and the program run is gone
+        cluster.kill_node(number)
+    run.kill()
+    run.ends(-signal.SIGKILL)
+    reference.start()
+    cluster.start_head()
+    reference.ends()
+    run.again()
+    run.equals(reference)
+    assert [line["training/attempt"] for line in run.lines] == [1, 1, 2, 2, 2]
+
+
+def test_a_worker_that_stands_still_is_told_of_and_one_that_is_stopped_is_killed_and_started_again(new_run):
     run = new_run("trainer.n_gpus_per_node=2", "trainer.worker_timeout_s=4")
     worker = run.hold_in("tool", step=2)
+    told = f"(pid {worker} on node "
+    run.wait_until(lambda: told in run.stdout, "words on the worker that stands still")
+    assert "lives, but stands at one line for 4 s (trainer.worker_timeout_s); it is waited for. It is in:" in run.stdout
+    assert "e2e_user_code.py" in run.stdout
+    assert "starting the workers again" not in run.stdout
     os.kill(worker, signal.SIGSTOP)
     run.plan.unlink()
     run.ends()
-    assert f"(pid {worker} on node" in run.stdout
     assert "no sign of life for 4 s (trainer.worker_timeout_s)" in run.stdout
     assert not psutil.pid_exists(worker)
     assert run.steps == [1, 2, 3, 4, 5]
@@ -163,7 +189,7 @@ def test_a_worker_that_is_stopped_is_noticed_killed_and_started_again(new_run):
     assert "Traceback" not in run.output
 
 
-def workers_that_only_meet(log_dir: Path, timeout_s: float) -> RayWorkers:
+def workers_that_only_meet(timeout_s: float) -> RayWorkers:
     """Two workers without a model. Their classes are made here so that Ray sends them, and does not look for this file."""
 
     class Meeting:
@@ -193,15 +219,17 @@ def workers_that_only_meet(log_dir: Path, timeout_s: float) -> RayWorkers:
         def build(self, settings: object) -> None:
             self.worker = Meeting()
 
-    workers = RayWorkers(2, 0, 1, log_dir, Preemption(), MeetingActor, timeout_s=timeout_s)
+    workers = RayWorkers(2, 0, 1, None, Preemption(), MeetingActor, timeout_s=timeout_s)
     workers.build(None)
     return workers
 
 
-def test_a_worker_that_keeps_another_one_waiting_is_given_up_and_shown(tmp_path):
+def test_a_worker_that_keeps_another_one_waiting_is_given_up_and_shown():
     start_ray({}, cpus=2)
+    session = own_session()
     try:
-        workers = workers_that_only_meet(tmp_path / "logs", timeout_s=3.0)
+        workers = workers_that_only_meet(timeout_s=3.0)
+        assert all(path.is_file() and path.is_relative_to(session) for path in workers.log_paths)
         processes = [psutil.Process(workers._identity(rank).pid) for rank in (0, 1)]
         assert workers.call("meet", [(True,), (True,)]) == [2.0, 2.0]
         with pytest.raises(ValueError, match="of its own"):  # both live: it is the user's
@@ -212,3 +240,5 @@ def test_a_worker_that_keeps_another_one_waiting_is_given_up_and_shown(tmp_path)
         assert psutil.wait_procs(processes, timeout=10)[1] == []
     finally:
         assert leave_ray(10.0)
+    assert not session.exists()
+    assert not (session.parent / f"agentlightning_owner_{os.getpid()}").exists()

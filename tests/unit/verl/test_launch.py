@@ -1,5 +1,7 @@
 """What a run does about workers that are gone, without workers."""
 
+import os
+import signal
 from unittest.mock import MagicMock
 
 import pytest
@@ -93,3 +95,31 @@ def test_what_a_worker_raises_itself_while_it_loads_is_not_tried_again(load, err
 def test_what_does_not_quite_fit_into_memory_is_told_once(load):
     said, _ = load([WorkerError("one"), group_that_says("a step needs about 9 GiB")])
     assert said[1:] == ["a step needs about 9 GiB"]
+
+
+# ---- the end
+
+
+def test_a_signal_while_ray_is_left_does_not_cut_that_short(monkeypatch):
+    """Whoever presses Ctrl-C twice would else leave processes of Ray's behind, for a minute, and the folder of its session."""
+    before = {number: signal.getsignal(number) for number in launch.SIGNALS}
+    done, heard = [], []
+    monkeypatch.setattr(launch.Preemption, "_on_signal", lambda _self, number, _frame: heard.append(number))
+
+    def leave(exit_code: int) -> None:
+        for number in launch.SIGNALS:
+            os.kill(os.getpid(), number)
+        done.append(exit_code)
+
+    monkeypatch.setattr(launch, "_hold_directory_and_run", lambda *_: 75)
+    monkeypatch.setattr(launch, "_leave_ray", leave)
+    config = MagicMock()
+    config.trainer.max_run_seconds = config.trainer.must_save_by = None
+    config.trainer.backend = "ray"
+    try:
+        assert launch.launch(config) == 75
+        assert (done, heard) == ([75], [])
+        assert all(callable(signal.getsignal(number)) for number in launch.SIGNALS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
