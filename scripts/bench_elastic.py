@@ -1,15 +1,18 @@
 """What bits that do not hang on the number of workers cost, and what a second worker gains.
 
     python scripts/bench_elastic.py                        the embedded agent, 16 prompts x 8 samples, one thread a worker
+    python scripts/bench_elastic.py --only gain --prompts 64      the second worker alone, with more prompts a step
     python scripts/bench_elastic.py --model-shape 24m      a random Qwen3 of 24 M parameters
     python scripts/bench_elastic.py --logical-shards 8     another number of shards (default: what a run would take)
 
 A step is rollouts, log-probabilities and the update, driven as `verl/trainer.py` does; rewards are a coin. One worker does it
-with the plain sum and with logical shards, in turns, so that a busy machine slows both alike; then one and two worker
-processes (gloo) do the update, in turns. Medians of seconds; `cpu` is CPU time, whose ratio is the one to look at on a
-machine that others use too. `--json` keeps the figures.
+with the plain sum and with logical shards, in turns, so that a busy machine slows both alike. Then the update alone, plain and
+in turns: by one worker process, by two (gloo), and by two that have nothing to do with each other. Of the last two figures one
+is what two workers could reach here at most, each with its half and no gradient to add up; the other what this machine's
+cores take from each other, both at work on the whole batch: two that were quite independent would give 2. Medians of
+seconds; `cpu` is CPU time, whose ratio is the one to look at on a machine that others use too. `--json` keeps the figures.
 
-Left out: rewards, checkpoints, validation, Ray's own cost of a call (a few milliseconds).
+Left out: rewards, checkpoints, validation, Ray's own cost of a call (bench_ray_calls.py measures it).
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,7 +43,9 @@ from agentlightning.verl.data import PromptDataset
 from agentlightning.verl.rules import logical_shards
 from agentlightning.verl.schema import Config
 from agentlightning.workers.group import InProcess, WorkerGroup
+from agentlightning.workers.messages import MiniBatch
 from agentlightning.workers.settings import WorkerSettings
+from agentlightning.workers.shards import prompt_shards
 
 PHASES = ("gen", "old_log_prob", "update_actor")
 
@@ -70,6 +76,10 @@ class Bench:
     def update(self, group: WorkerGroup, batch: Batch, step: int) -> None:
         """One optimizer step."""
         group.update_actor(batch, self.plan.mini_batches(batch, 0, step), step)
+
+    def whole(self, batch: Batch, step: int) -> tuple[Batch, list[MiniBatch], int]:
+        """What a worker is told that does the optimizer step alone."""
+        return batch, self.plan.mini_batches(batch, 0, step), step
 
     def step(self, group: WorkerGroup, step: int) -> dict[str, tuple[float, float]]:
         """Wall and CPU seconds of each phase. The weights stay those of version 0, so that each step is the same work."""
@@ -117,11 +127,11 @@ def cost_of_exactness(bench: Bench, shards: int, steps: int) -> dict[str, Any]:
     return report
 
 
-def _serve(pipe: Connection, settings: WorkerSettings, rank: int, world_size: int, rendezvous: str) -> None:
+def _serve(pipe: Connection, settings: WorkerSettings, rank: int, world_size: int, rendezvous: str | None) -> None:
     from agentlightning.workers.worker import Worker
 
     worker = Worker(settings)
-    if world_size > 1:
+    if rendezvous is not None:
         worker.connect(rank, world_size, rendezvous)
     pipe.send(None)
     while True:
@@ -132,9 +142,9 @@ def _serve(pipe: Connection, settings: WorkerSettings, rank: int, world_size: in
 
 
 class Processes:
-    """Worker processes of this machine: a `Backend`."""
+    """Worker processes of this machine: a `Backend`. `connected`: gradients are added up over them."""
 
-    def __init__(self, settings: WorkerSettings, world_size: int, work_dir: Path) -> None:
+    def __init__(self, settings: WorkerSettings, world_size: int, work_dir: Path, connected: bool = True) -> None:
         self.world_size = world_size
         self.cpu_s = 0.0  # of the busiest worker in the last call
         self.pipes: list[Any] = []
@@ -142,7 +152,7 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            rendezvous = f"file://{work_dir}/rendezvous{world_size}"
+            rendezvous = f"file://{work_dir}/rendezvous{world_size}" if connected and world_size > 1 else None
             process = context.Process(target=_serve, args=(theirs, settings, rank, world_size, rendezvous), daemon=True)
             process.start()
             self.pipes.append(mine)
@@ -173,34 +183,67 @@ class Processes:
             process.kill()
 
 
-def gain_of_two(bench: Bench, shards: int, steps: int) -> dict[str, Any]:
-    """The update by one and by two worker processes, in turns, one thread each."""
+def gain_of_two(bench: Bench, steps: int) -> dict[str, Any]:
+    """The update by one and by two worker processes, and by two that are not connected, in turns, one thread each."""
+    settings = bench.settings(None)
     with tempfile.TemporaryDirectory() as work:
-        backends = {count: Processes(bench.settings(shards), count, Path(work)) for count in (1, 2)}
-        groups = {count: WorkerGroup(backend, shards) for count, backend in backends.items()}
-        batches = [bench.batch(groups[1], step, version=0) for step in range(1, steps + 2)]
-        seconds: dict[int, list[float]] = {count: [] for count in groups}
-        cpu_seconds: dict[int, list[float]] = {count: [] for count in groups}
-        loads: list[float] = []
+        one, two = (Processes(settings, count, Path(work)) for count in (1, 2))
+        apart = Processes(settings, 2, Path(work), connected=False)
+        ways: dict[str, tuple[Processes, Callable[[Batch, int], object]]] = {
+            "one": (one, partial(bench.update, WorkerGroup(one))),
+            "two": (two, partial(bench.update, WorkerGroup(two))),
+            "halves": (apart, partial(bench.update, WorkerGroup(apart))),
+            "wholes": (apart, lambda batch, step: apart.call("update_actor", [bench.whole(batch, step)] * 2)),
+        }
+        batches = [bench.batch(WorkerGroup(one), step, version=0) for step in range(1, steps + 2)]
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
         for step, batch in enumerate(batches):
-            for count in groups if step % 2 else reversed(groups):
+            for name in ways if step % 2 else reversed(ways):
+                processes, update = ways[name]
                 start = time.perf_counter()
-                bench.update(groups[count], batch, step + 1)
-                if step:
-                    seconds[count].append(time.perf_counter() - start)
-                    cpu_seconds[count].append(backends[count].cpu_s)
-            loads.append(os.getloadavg()[0])
-        for backend in backends.values():
+                update(batch, step + 1)
+                if step:  # the first warms up
+                    seconds[name].append(time.perf_counter() - start)
+                    cpu_seconds[name].append(processes.cpu_s)
+        for backend in (one, two, apart):
             backend.close()
-    pairs = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    wall, cpu = ({name: statistics.median(values) for name, values in times.items()} for times in (seconds, cpu_seconds))
     return {
-        "one_s": statistics.median(seconds[1]),
-        "two_s": statistics.median(seconds[2]),
-        "speedup": statistics.median(seconds[1]) / statistics.median(seconds[2]),
-        "cpu_speedup": statistics.median(cpu_seconds[1]) / statistics.median(cpu_seconds[2]),
-        "speedup_of_pairs": [round(pair, 2) for pair in sorted(pairs)],
-        "load": statistics.mean(loads),
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "speedup": wall["one"] / wall["two"],
+        "cpu_speedup": cpu["one"] / cpu["two"],
+        "speedup_of_pairs": sorted(round(a / b, 2) for a, b in zip(seconds["one"], seconds["two"], strict=True)),
+        "floor": wall["one"] / wall["halves"],
+        "floor_of_pairs": sorted(round(a / b, 2) for a, b in zip(seconds["one"], seconds["halves"], strict=True)),
+        "machine": 2 * wall["one"] / wall["wholes"],
+        "busier_share": statistics.median(_busier_share(batch) for batch in batches[1:]),
+        "load": os.getloadavg()[0],
     }
+
+
+def _busier_share(batch: Batch) -> float:
+    """Tokens of the worker that has more of them, of two, over half of all."""
+    tokens = [
+        batch.response_len_B[rows].sum() + sum(dict(zip(part.uids, part.prompt_len_B.tolist(), strict=True)).values())
+        for rows in prompt_shards(batch, 2)
+        for part in [batch.rows(rows)]
+    ]
+    return float(2 * max(tokens) / sum(tokens))
+
+
+def print_gain(gain: dict[str, Any]) -> None:
+    """Four lines."""
+    wall, cpu = gain["wall_s"], gain["cpu_s"]
+    print(
+        f"update_actor: one worker {wall['one']:.3f} s, two {wall['two']:.3f} s: {gain['speedup']:.2f} times as fast, "
+        f"pairs {gain['speedup_of_pairs']}\n"
+        f"  two with nothing to add up {wall['halves']:.3f} s: {gain['floor']:.2f} times, pairs {gain['floor_of_pairs']}\n"
+        f"  two at once, each all of it {wall['wholes']:.3f} s: two processes do {gain['machine']:.2f} times as much as one\n"
+        f"  by CPU time {cpu['one']:.3f} s, {cpu['two']:.3f} s for the busier one: {gain['cpu_speedup']:.2f} times; it has "
+        f"{gain['busier_share']:.3f} of half the tokens; load {gain['load']:.1f} on {os.cpu_count()} cores"
+    )
 
 
 def main() -> None:
@@ -238,12 +281,8 @@ def main() -> None:
                 for kind, row in cost[clock].items():
                     print(f"{clock:7}{kind:6}" + "".join(f"{phase:>14} {value:6.3f}" for phase, value in row.items()))
         if args.only != "cost":
-            report["gain"] = gain = gain_of_two(bench, shards, args.steps)
-            print(
-                f"update_actor: one worker {gain['one_s']:.3f} s, two {gain['two_s']:.3f} s: {gain['speedup']:.2f} times "
-                f"as fast, {gain['cpu_speedup']:.2f} by the CPU time of the busier one (pairs {gain['speedup_of_pairs']}, load "
-                f"{gain['load']:.1f} on {os.cpu_count()} cores)"
-            )
+            report["gain"] = gain_of_two(bench, args.steps)
+            print_gain(report["gain"])
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

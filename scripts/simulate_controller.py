@@ -5,7 +5,7 @@ are made up. They answer at once, with answers of lengths that hang on the promp
 serialised as Ray does (its cloudpickle, protocol 5, arrays copied out of band); the controller's share of that is counted as
 controller time, the workers' is not. `simulate_scale.py` is the command.
 
-Left out: Ray's own cost of a call (about 0.2 ms a worker, to be added), the network, and what the workers do.
+Left out: Ray's own cost of a call (bench_ray_calls.py measures it), the network, and what the workers do.
 """
 
 from __future__ import annotations

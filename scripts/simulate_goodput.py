@@ -229,6 +229,16 @@ def expected_goodput(costs: Costs, interval: int, mtbf_s: float) -> float:
     return durable * interval * costs.step_s / (mtbf_s * math.exp(costs.restart_s / mtbf_s))
 
 
+def restart_bound(costs: Costs, mtbf_s: float) -> float:
+    """The goodput of a run that loses nothing but the restarts, whatever it saves and when: exp(-R/M)."""
+    return math.exp(-costs.restart_s / mtbf_s)
+
+
+def step_bound(costs: Costs, mtbf_s: float) -> float:
+    """The same where the step that a failure interrupts is lost too: saves that cost nothing, after every step."""
+    return expected_goodput(Costs(costs.step_s, restart_s=costs.restart_s), 1, mtbf_s)
+
+
 def best_interval(costs: Costs, mtbf_s: float) -> int:
     """The interval with the highest expected goodput, in steps: by trying them all."""
     most = max(2, math.ceil(4 * (math.sqrt(2 * costs.save_s * mtbf_s) / costs.step_s + 1)))

@@ -9,8 +9,12 @@ nothing (simulate_controller.py). The second: useful time / wall time in virtual
 intervals and `trainer.save_freq=auto`, beside what theory expects of each and the optimum of Young and Daly.
 
 `--mtbf-hours` is the cluster's mean time between failures with `--mtbf-workers` workers; every worker fails by itself, so with
-four times as many it is a quarter. `controller s` is the CPU time of the controller's one thread; what share of a step it is,
-`--step-s` says. Words with `=` are overrides of the run's configuration, beside those of `Load`.
+four times as many it is a quarter. `at most` is what saves that cost nothing, after every step, would leave: a failure then
+costs the restart and the step that it interrupts; `nothing lost` is the restarts alone.
+
+`controller s` is the CPU time of the controller's one thread, pickling of arguments and answers in it, Ray's own cost of a call
+not (bench_ray_calls.py measures that); what share of a step it is, `--step-s` says. Words with `=` are overrides of the run's
+configuration, beside those of `Load`.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from simulate_goodput import (
     daly_seconds,
     expected_goodput,
     preemptions,
+    restart_bound,
     simulate,
+    step_bound,
 )
 
 INTERVALS = (1, 2, 4, 8, 16, 32)
@@ -84,6 +90,8 @@ def goodput_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "failures": run.failures,
                         "daly_steps": daly,
                         "best_interval": best,
+                        "restart_bound": restart_bound(costs, mtbf_s),
+                        "step_bound": step_bound(costs, mtbf_s),
                     }
                 )
     return rows
@@ -123,9 +131,10 @@ def print_controller(rows: Sequence[dict[str, Any]], step_s: float) -> None:
 def print_goodput(rows: Sequence[dict[str, Any]]) -> None:
     """In markdown."""
     print(
-        "| workers | failure every | save s | save_freq | steps between saves | goodput | expected | Young-Daly steps | best |"
+        "| workers | failure every | save s | save_freq | steps between saves | goodput | expected | at most | nothing lost "
+        "| Young-Daly steps | best |"
     )
-    print("|" + "---:|" * 9)
+    print("|" + "---:|" * 11)
     for row in rows:
         cells = [
             f"{row['workers']:,}",
@@ -135,6 +144,8 @@ def print_goodput(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['interval']:.1f}",
             f"{row['goodput']:.4f} ± {row['standard_error']:.4f}",
             f"{row['expected']:.4f}",
+            f"{row['step_bound']:.4f}",
+            f"{row['restart_bound']:.4f}",
             f"{row['daly_steps']:.1f}",
             str(row["best_interval"]),
         ]

@@ -90,6 +90,20 @@ def test_exponential_failures_against_renewal(goodput):
         assert run.failures == pytest.approx(run.wall_s / mtbf_s, rel=0.15)
 
 
+def test_no_way_to_save_beats_the_bounds(goodput):
+    costs, mtbf_s = goodput.Costs(60, restart_s=180), 2 * HOUR
+    step, restart = goodput.step_bound(costs, mtbf_s), goodput.restart_bound(costs, mtbf_s)
+    assert restart == pytest.approx(1 / (1 + 180 / 7200), rel=1e-3)
+    # By hand: half a step more is lost at each failure.
+    assert step == pytest.approx(restart * (1 - 30 / 7200), rel=1e-4)
+    run = goodput.simulate(costs, 1, goodput.preemptions(256, mtbf_s, seed=1), 40_000)
+    assert run.share == pytest.approx(step, abs=0.004)
+    fine = goodput.Costs(1, restart_s=180)  # hardly a step is lost
+    assert goodput.step_bound(fine, mtbf_s) == pytest.approx(restart, abs=1e-4)
+    dear = goodput.Costs(60, save_s=0.05, write_s=2, restart_s=180)
+    assert goodput.step_bound(dear, mtbf_s) == step > goodput.expected_goodput(dear, 1, mtbf_s)
+
+
 def test_many_workers_fail_as_often_as_was_asked_for(goodput):
     failures = goodput.preemptions(200, mtbf_s=100.0, seed=3)
     gaps = np.diff([next(failures) for _ in range(4000)])
