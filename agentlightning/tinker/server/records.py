@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
@@ -122,8 +123,13 @@ class Operation:
     result: Blob | None = None
     finished_at: float = 0.0  # seconds since the epoch
     fetched_at: float = 0.0  # 0: not yet, as far as is known
+    kept: Future[None] | None = None  # says when it is durable; None: it was read from the disk
     durable: asyncio.Event = field(default_factory=asyncio.Event)  # acknowledged
     done: asyncio.Event = field(default_factory=asyncio.Event)  # its result may be given out
+
+    def is_kept(self) -> bool:
+        """Whether it is durable; waits until that is known."""
+        return self.kept is None or self.kept.exception() is None
 
     @property
     def succeeded(self) -> bool:

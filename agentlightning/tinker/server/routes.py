@@ -34,7 +34,7 @@ _LOUD = ("ERROR", "CRITICAL")
 log = logging.getLogger(__name__)
 
 
-def owner_of(request: Request) -> str:
+async def owner_of(request: Request) -> str:  # not `def`: FastAPI would call that in another thread
     """The key's owner, whom the door let in."""
     return request.scope["state"]["owner"]
 
@@ -51,7 +51,11 @@ class LoopRoutes:
     def router(self) -> APIRouter:
         """All of them."""
         router = APIRouter(prefix="/api/v1")
-        posts: dict[str, Callable[..., Awaitable[Any]]] = {
+        posts: dict[str, Callable[..., Awaitable[Any]]] = {  # routes are tried in this order: those of each step first
+            "/retrieve_future": self.retrieve,
+            "/forward_backward": self.forward_backward,
+            "/optim_step": self.numbered,
+            "/asample": self.asample,
             "/client/config": self.client_config,
             "/client/dynamic_config": self.dynamic_config,
             "/create_session": self.create_session,
@@ -61,16 +65,12 @@ class LoopRoutes:
             "/create_model": self.create_model,
             "/get_info": self.get_info,
             "/unload_model": self.unload_model,
-            "/forward_backward": self.forward_backward,
             "/forward": self.forward_backward,
-            "/optim_step": self.numbered,
             "/save_weights": self.numbered,
             "/save_weights_for_sampler": self.numbered,
             "/save_weights_external": self.numbered,
             "/load_weights": self.load_weights,
             "/create_sampling_session": self.create_sampler,
-            "/asample": self.asample,
-            "/retrieve_future": self.retrieve,
             "/cancel_future": self.cancel,
         }
         for path, handler in posts.items():

@@ -1,8 +1,9 @@
 """The one thread that uses the engine: takes work from the queue, does it, commits its result, and lets the client have it.
 
-A result is given out when it is durable, so that no client has seen one that a restarted service would not know. An error that
-is the client's is an answer; a fault of the engine is one too, with its traceback in the log, and the model is restored from
-what is durable. Anything else ends the thread, and with it the service: its next start goes on from there.
+It may begin before the request is durable, but a result is given out when both are, so that no client has seen one that a
+restarted service would not know. An error that is the client's is an answer; a fault of the engine is one too, with its
+traceback in the log, and the model is restored from what is durable. Anything else ends the thread, and with it the service:
+its next start goes on from there.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from agentlightning.errors import AgentLightningError, UserError
 from agentlightning.tinker.engine_api import LoraEngine, SampleRequest
 from agentlightning.tinker.server import wire
 from agentlightning.tinker.server.effects import USER_FAULTS, Effect, Effects, words
-from agentlightning.tinker.server.journal import Journal, drop_payload, finish
+from agentlightning.tinker.server.journal import Change, Journal, drop_payload, finish
 from agentlightning.tinker.server.keeper import CHANGES_MODEL, Keeper, SavePolicy
-from agentlightning.tinker.server.records import SAMPLE, Blob, Operation
+from agentlightning.tinker.server.records import SAMPLE, Blob, Model, Operation
 from agentlightning.tinker.server.registry import Registry
 from agentlightning.tinker.server.requests import Asample
 from agentlightning.tinker.server.work_queue import Chore, Sample, Train, WorkQueue
@@ -38,6 +39,7 @@ MAX_SAMPLERS = 32  # in the engine; any other is brought back from its directory
 _RATE_WINDOW_S = 60.0
 _RETRY_S = 1.0
 _CLOSE_S = 15.0  # for the engine to end
+_EARLY = ("forward_backward", "optim_step")  # may begin before they are durable: they change the engine alone
 # What PyTorch, the file system and our own mistakes raise. Not `Exception`: what is not foreseen ends the service.
 FAULTS = (
     AgentLightningError,
@@ -134,7 +136,28 @@ class Runner:
     # ---- training
 
     def _train(self, operation: Operation) -> None:
+        """An operation; with a forward_backward the optim_step that waits behind it, so that one commit is for both results."""
         model = self._registry.models[operation.owner_id]
+        effect = self._do(model, operation)
+        if effect is None:
+            return
+        if effect.save_now:
+            self._finish_and_save(model, operation, effect)
+            return
+        results = [(operation, effect)]
+        update = self._queue.follow(model.id) if operation.kind == "forward_backward" else None
+        if update is not None:
+            updated = self._do(model, update)
+            results += [] if updated is None else [(update, updated)]
+        self._finish(*results)
+        if model.id in self.keeper.held and operation.kind in CHANGES_MODEL and self.keeper.is_due(model):
+            self._save(lambda: self.keeper.save(model))
+
+    def _do(self, model: Model, operation: Operation) -> Effect | None:
+        """What came of it. None if it could not be made durable: who sent it was told so, and what it did is void."""
+        if operation.kind not in _EARLY and not operation.is_kept():
+            self._queue.retreat(model.id)
+            return None
         try:
             effect = self._attempt(operation)
         except USER_FAULTS as error:
@@ -143,21 +166,24 @@ class Runner:
             log.exception("%s: operation %d (%s) failed", model.id, operation.seq, operation.kind)
             effect = Effect("server", f"{operation.kind} failed in the server: {type(error).__name__}: {error}".encode())
             self.keeper.drop(model.id)
+        if not operation.is_kept():
+            self.keeper.drop(model.id)
+            self._queue.retreat(model.id)
+            return None
         if effect.type != "server" and model.created:
             self.keeper.note(model, operation, effect.gradient)
-        if effect.save_now:  # before the answer: what it read may be deleted behind it
-            committed = threading.Event()
-            self._finish(operation, effect, committed.set)
-            committed.wait()
-            while not self._save(lambda: self.keeper.save(model)) and not self._queue.closed:
-                time.sleep(_RETRY_S)
-            self._give_out(operation)
-        else:
-            self._finish(operation, effect)
         self._queue.advance(model.id)
         self._count("train", effect.tokens)
-        if model.id in self.keeper.held and operation.kind in CHANGES_MODEL and self.keeper.is_due(model):
-            self._save(lambda: self.keeper.save(model))
+        return effect
+
+    def _finish_and_save(self, model: Model, operation: Operation, effect: Effect) -> None:
+        """Saved before it is answered: what it read may be deleted behind the answer."""
+        committed = threading.Event()
+        self._finish((operation, effect), then=committed.set)
+        committed.wait()
+        while not self._save(lambda: self.keeper.save(model)) and not self._queue.closed:
+            time.sleep(_RETRY_S)
+        self._give_out([operation])
 
     def _attempt(self, operation: Operation) -> Effect:
         model = self._registry.models[operation.owner_id]
@@ -207,7 +233,8 @@ class Runner:
                     self._sample([operation])
             return
         for (operation, request, body), response in zip(requests, responses, strict=True):
-            self._finish(operation, Effect("protobuf", wire.encode_sample(_last_n(response, body.prompt_logprobs_last_n))))
+            encoded = wire.encode_sample(_last_n(response, body.prompt_logprobs_last_n))
+            self._finish_sample(operation, Effect("protobuf", encoded))
             tokens = request.prompt.length + sum(len(sequence.tokens) for sequence in response.sequences)
             self._count("sample", tokens)
         self._make_room()
@@ -259,46 +286,59 @@ class Runner:
 
     def _fail_sample(self, operation: Operation, error: BaseException) -> None:
         if isinstance(error, USER_FAULTS):
-            self._finish(operation, Effect("user", words(error).encode()))
+            self._finish_sample(operation, Effect("user", words(error).encode()))
             return
         log.error("sample %d of %s failed", operation.seq, operation.owner_id, exc_info=error)
-        self._finish(operation, Effect("server", f"sampling failed in the server: {type(error).__name__}: {error}".encode()))
+        text = f"sampling failed in the server: {type(error).__name__}: {error}"
+        self._finish_sample(operation, Effect("server", text.encode()))
+
+    def _finish_sample(self, operation: Operation, effect: Effect) -> None:
+        if operation.is_kept():  # else nobody knows of it
+            self._finish((operation, effect))
 
     # ---- results
 
-    def _finish(self, operation: Operation, effect: Effect, then: Callable[[], object] | None = None) -> None:
-        """Commit the result, and do `then` (give it out). A full disk is waited for."""
-        blob, finished_at = Blob("results", effect.body), time.time()
-        operation.result_type, operation.result, operation.finished_at = effect.type, blob, finished_at
-        changes = [*effect.changes, finish(operation, effect.type, blob, finished_at)]
-        self._unwritten.add(operation.request_id)
-        if operation.kind == SAMPLE:
-            changes.append(drop_payload([operation.request_id]))
+    def _finish(self, *results: tuple[Operation, Effect], then: Callable[[], object] | None = None) -> None:
+        """Commit the results together, and do `then` (give them out). A full disk is waited for."""
+        changes: list[Change] = []
+        blobs: list[Blob] = []
+        for operation, effect in results:
+            blob, finished_at = Blob("results", effect.body), time.time()
+            operation.result_type, operation.result, operation.finished_at = effect.type, blob, finished_at
+            changes += [*effect.changes, finish(operation, effect.type, blob, finished_at)]
+            if operation.kind == SAMPLE:
+                changes.append(drop_payload([operation.request_id]))
+            blobs.append(blob)
+            self._unwritten.add(operation.request_id)
 
         def committed(future: Future[None]) -> None:
             error = future.exception()
             if error is not None:
-                log.error("the result of %s cannot be written (%s); trying again", operation.request_id, error)
-                timer = threading.Timer(_RETRY_S, self._finish, (operation, effect, then))
+                log.error("the result of %s cannot be written (%s); trying again", results[0][0].request_id, error)
+                timer = threading.Timer(_RETRY_S, self._finish, results, {"then": then})
                 timer.daemon = True
                 timer.start()
                 return
-            self._unwritten.discard(operation.request_id)
-            if operation.kind == SAMPLE and operation.payload is not None:
-                self._journal.segments.release(operation.payload)
-                operation.payload = None
-            for path in effect.garbage:
-                remove(path)
-            (then or partial(self._give_out, operation))()
+            for operation, effect in results:
+                self._written(operation, effect)
+            (then or partial(self._give_out, [operation for operation, _ in results]))()
 
-        self._journal.write(*changes, blobs=[blob]).add_done_callback(committed)
+        self._journal.write(*changes, blobs=blobs).add_done_callback(committed)
+
+    def _written(self, operation: Operation, effect: Effect) -> None:
+        self._unwritten.discard(operation.request_id)
+        if operation.kind == SAMPLE and operation.payload is not None:
+            self._journal.segments.release(operation.payload)
+            operation.payload = None
+        for path in effect.garbage:
+            remove(path)
 
     def answer(self, operation: Operation, message: str) -> None:
         """Fail an operation that will not run."""
-        self._finish(operation, Effect("user", message.encode()))
+        self._finish((operation, Effect("user", message.encode())))
 
-    def _give_out(self, operation: Operation) -> None:
-        self._call_soon(operation.done.set)
+    def _give_out(self, operations: Sequence[Operation]) -> None:
+        self._call_soon(lambda: [operation.done.set() for operation in operations])
 
     def _count(self, kind: str, tokens: int) -> None:
         if tokens:

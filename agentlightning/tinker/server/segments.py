@@ -75,8 +75,9 @@ class Segments:
 
     def read(self, blob: Blob) -> bytes:
         """The bytes. CheckpointError if they are not those that were written."""
-        if blob.data is not None:
-            return blob.data
+        data = blob.data  # once: the journal's thread lets go of it
+        if data is not None:
+            return data
         path = self._path(blob.chain, blob.segment)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from agentlightning.tinker.server.work_queue import MAX_BATCH, WorkQueue
 
 POLL_S = 25.0  # the SDK gives up a poll at 45 s
 SAMPLE_PREFIX = "sample-"
+_LARGE = 1 << 20  # bytes of a result
 # What a submit that is sent again may have changed: the SDK counts its sampling sessions at each attempt.
 _VOLATILE = ("sampling_session_seq_id",)
 
@@ -91,7 +93,7 @@ class Service:
 
     async def keep(self, *changes: Change, blobs: Sequence[Blob] = ()) -> None:
         """Returns when the changes are durable."""
-        await asyncio.wrap_future(self.journal.write(*changes, blobs=blobs))
+        await _durable(self.journal.write(*changes, blobs=blobs))
 
     # ---- sessions
 
@@ -214,14 +216,16 @@ class Service:
         blob = Blob("requests", raw)
         operation = Operation(prefix + uuid.uuid4().hex, owner_id, owner, seq, kind, blob, digest(raw))
         self.registry.add_operation(operation)
+        operation.kept = self.journal.write(*changes, accept(operation), blobs=[blob])
+        self.queue.add(operation)  # the engine may begin; the runner gives nothing out before this is durable
         try:
-            await self.keep(*changes, accept(operation), blobs=[blob])
+            await _durable(operation.kept)
         except Exception:  # not acknowledged: the client's next attempt is a first one
+            self.queue.take_back(operation)
             self.registry.forget_operation(operation)
             operation.durable.set()
             raise
         operation.durable.set()
-        self.queue.add(operation)
         return operation
 
     async def _again(self, operation: Operation, kind: str, raw: bytes) -> Operation:
@@ -266,7 +270,8 @@ class Service:
         if not operation.done.is_set():
             return _json({"type": "try_again", "request_id": request_id, "queue_state": "active", **self._reason(operation)})
         assert operation.result is not None
-        body = await asyncio.to_thread(self.journal.segments.read, operation.result)
+        read = self.journal.segments.read  # a small one lies in the page cache: another thread would cost more
+        body = read(operation.result) if operation.result.size < _LARGE else await asyncio.to_thread(read, operation.result)
         operation.fetched_at = operation.fetched_at or time.time()
         if operation.result_type == "protobuf":
             return Answer(wire.CONTENT_TYPE, body)
@@ -322,6 +327,11 @@ class Service:
         times = sum(sampler.model_path == body.model_path for sampler in same)
         source = "base" if body.model_path is None else body.model_path.partition(":train:")[2]
         return f"{source}#{times}"
+
+
+async def _durable(written: Future[None]) -> None:
+    """Wait; who is cancelled meanwhile must not cancel the write."""
+    await asyncio.shield(asyncio.wrap_future(written))
 
 
 def _steady(raw: bytes) -> dict[str, Any]:

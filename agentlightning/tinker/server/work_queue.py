@@ -120,6 +120,37 @@ class WorkQueue:
                 self._samples[sampler_id] = waiting  # behind the others
         return taken
 
+    def follow(self, model_id: str) -> Operation | None:
+        """The optim_step that waits behind what is over: out of turn, for it is short, and its sender waits for both."""
+        with self._changed:
+            line = self._lines[model_id]
+            if self._closed or line.running or line.next_seq not in line.waiting:
+                return None
+            if line.waiting[line.next_seq].kind != "optim_step":
+                return None
+            self._ready.remove(model_id)
+            line.running = True
+            return line.waiting.pop(line.next_seq)
+
+    def retreat(self, model_id: str) -> None:
+        """The operation that ran is void; the client sends its number again."""
+        with self._changed:
+            self._lines[model_id].running = False
+            self._queue_if_ready(model_id)
+
+    def take_back(self, operation: Operation) -> None:
+        """Take an operation out that could not be made durable, unless it runs."""
+        if operation.kind == SAMPLE:
+            self.take_sample(operation)
+            return
+        with self._changed:
+            line = self._lines[operation.owner_id]
+            if operation.seq not in line.waiting or line.waiting[operation.seq] is not operation:
+                return
+            del line.waiting[operation.seq]
+            if operation.seq == line.next_seq and operation.owner_id in self._ready:
+                self._ready.remove(operation.owner_id)
+
     def advance(self, model_id: str) -> None:
         """The operation that ran is over."""
         with self._changed:

@@ -79,10 +79,12 @@ class Client:
         body = self.numbered(sampling_session_seq_id=number)
         return await self.result(await self.post("save_weights_for_sampler", body))
 
-    async def ask(self, sampler: str, seq: int, prompt: list[int] | None = None, **options: Any) -> dict[str, Any]:
+    async def ask(
+        self, sampler: str, seq: int, prompt: list[int] | None = None, status: int = 200, **options: Any
+    ) -> dict[str, Any]:
         chunks = [{"type": "encoded_text", "tokens": prompt or [1, 2, 3]}]
         body = {"sampling_session_id": sampler, "seq_id": seq, "prompt": {"chunks": chunks}, "num_samples": 2}
-        return await self.post("asample", {**body, "sampling_params": {"max_tokens": 4}, **options})
+        return await self.post("asample", {**body, "sampling_params": {"max_tokens": 4}, **options}, status)
 
 
 def forward_backward(model_id: str, seq: int, targets: list[int], **options: Any) -> bytes:

@@ -241,3 +241,125 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert not failures
 
     asyncio.run(main())
+
+
+def hold_journal(client: Client, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> threading.Event:
+    """Nothing becomes durable until the event is set; the first commit that was held then fails with `error`."""
+    go_on, errors = threading.Event(), [error] if error is not None else []
+    sync = client.service.journal.segments.sync
+
+    def held():
+        go_on.wait(10)  # a test that has failed ends
+        if errors:
+            raise errors.pop()
+        sync()
+
+    monkeypatch.setattr(client.service.journal.segments, "sync", held)
+    return go_on
+
+
+async def until_called(client: Client, name: str, times: int = 1) -> None:
+    while [called for called, _ in client.engine.calls].count(name) < times:
+        await asyncio.sleep(0.001)
+
+
+def test_the_engine_may_begin_before_a_request_is_durable_but_nobody_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def main():
+        async with serving(tmp_path) as client:
+            await client.open()
+            await client.snapshot(0)
+            for name, send in (
+                ("forward_backward", lambda: client.forward_backward([1, 2])),
+                ("optim_step", client.optim_step),
+                ("sample", lambda: client.ask(f"{client.session}:sample:0", 5)),
+            ):
+                go_on = hold_journal(client, monkeypatch)
+                submitted = asyncio.create_task(send())
+                await until_called(client, name)
+                operation = list(client.service.registry.operations.values())[-1]
+                assert not submitted.done()
+                assert not operation.done.is_set()
+                assert operation.result_type is None
+                go_on.set()
+                assert await client.result(await submitted)
+
+    asyncio.run(main())
+
+
+def test_what_ran_and_could_not_be_kept_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each request of a loop runs once while its acceptance fails, and is sent again: the bits are those of a calm loop."""
+
+    async def main():
+        expected = await undisturbed(tmp_path / "calm")
+        async with serving(tmp_path / "full") as client:
+            await client.open()
+            await client.snapshot(0)
+            found, seq, done = [], 1, {"forward_backward": 0, "optim_step": 0}
+            sampler = f"{client.session}:sample:0"
+            await client.result(await client.ask(sampler, 1))
+            for targets in TARGETS:
+                results = []
+                for path in ("forward_backward", "optim_step"):
+                    seq += 1
+                    optim = {"model_id": client.model, "seq_id": seq, "adam_params": {"learning_rate": 0.1}}
+                    body = forward_backward(client.model, seq, targets) if path == "forward_backward" else optim
+                    go_on = hold_journal(client, monkeypatch, OSError(28, "No space left on device"))
+                    refused = asyncio.create_task(client.post(path, body, 503))
+                    await until_called(client, path, done[path] + 1)
+                    go_on.set()
+                    await refused
+                    results.append(await client.result(await client.post(path, body)))
+                    done[path] = [name for name, _ in client.engine.calls].count(path)
+                found.append((output(results[0]).SerializeToString(deterministic=True), results[1]))
+            assert found == expected
+            go_on = hold_journal(client, monkeypatch, OSError(28, "No space left on device"))
+            refused = asyncio.create_task(client.ask(sampler, 2, status=503))
+            await until_called(client, "sample", 2)
+            go_on.set()
+            await refused
+            assert isinstance(await client.result(await client.ask(sampler, 2)), bytes)
+
+    asyncio.run(main())
+
+
+def test_what_waits_behind_a_request_that_was_not_kept_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def main():
+        async with serving(tmp_path) as client:
+            await client.open()
+            client.engine.gate.clear()
+            go_on = hold_journal(client, monkeypatch, OSError(28, "No space left on device"))
+            first = asyncio.create_task(client.post("forward_backward", forward_backward(client.model, 1, [1]), 503))
+            while client.service.queue.next_seq(client.model) != 1 or not client.service.runner.is_running:
+                await asyncio.sleep(0.001)
+            go_on.set()
+            await first
+            behind = await client.post("forward_backward", forward_backward(client.model, 2, [2]))
+            client.engine.gate.set()
+            again = await client.post("forward_backward", forward_backward(client.model, 1, [1]))
+            assert isinstance(await client.result(again), bytes)
+            assert isinstance(await client.result(behind), bytes)
+            order = sorted(client.service.registry.operations_of(client.model), key=lambda op: op.finished_at)
+            assert [op.seq for op in order] == [0, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_a_step_that_was_sent_whole_is_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def main():
+        async with serving(tmp_path) as client:
+            await client.open()
+            client.engine.gate.clear()
+            futures = [await client.forward_backward([1]), await client.optim_step(), await client.forward_backward([2])]
+            sizes, write = [], client.service.journal.write
+
+            def counting(*changes, blobs=()):
+                sizes.append(len(blobs))
+                return write(*changes, blobs=blobs)
+
+            monkeypatch.setattr(client.service.journal, "write", counting)
+            client.engine.gate.set()
+            for future in futures:
+                assert await client.result(future)
+            assert [size for size in sizes if size] == [2, 1]
+
+    asyncio.run(main())
