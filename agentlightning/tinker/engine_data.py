@@ -84,9 +84,9 @@ def _config(loss_fn: str, loss: ServiceLoss, given: Mapping[str, float | str]) -
     config = dict(loss.config)
     for key, value in given.items():
         if key not in config:
-            raise UserError(
-                f"loss_fn_config: given {key!r}, expected one of {', '.join(config) or 'no key at all'} for loss_fn={loss_fn}"
-            )
+            names = ", ".join(config)
+            expected = f"one of {names} for loss_fn={loss_fn}" if names else f"nothing: loss_fn={loss_fn} has no configuration"
+            raise UserError(f"loss_fn_config: given {key!r}, expected {expected}")
         if isinstance(value, str) or not np.isfinite(value):
             raise UserError(f"loss_fn_config.{key}: given {value!r}, expected a finite number")
         config[key] = float(value)

@@ -46,7 +46,7 @@ def test_a_bad_datum_is_named(bad: Datum, words: str):
         ("pppo", {}, "loss_fn: given 'pppo', expected one of cross_entropy"),
         ("custom", {"loss_id": "x"}, "forward_backward_custom"),
         ("ppo", {"epsilon": 0.2}, "loss_fn_config: given 'epsilon', expected one of clip_low_threshold"),
-        ("importance_sampling", {"beta": 1.0}, "expected one of no key at all"),
+        ("importance_sampling", {"beta": 1.0}, "expected nothing: loss_fn=importance_sampling has no"),
         ("ppo", {"clip_low_threshold": "0.8"}, "clip_low_threshold: given '0.8', expected a finite number"),
         ("dro", {"beta": float("nan")}, "beta: given nan"),
         ("cispo", {"clip_low_threshold": 5.0}, "clip_low_threshold=5 above clip_high_threshold=4"),
