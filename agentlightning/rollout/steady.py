@@ -42,24 +42,30 @@ class _SteadyGeneration(Generation):
     ghosts = 0
 
     def _admit(self) -> None:
-        if self.waiting:
-            self._set_ghosts(0)
+        before = len(self.rows)
         super()._admit()
-        self._set_ghosts(-len(self.rows) % _ROWS)
+        if len(self.rows) == before:
+            return
+        # Those that came are behind the copies.
+        kept = [*range(before), *range(before + self.ghosts, len(self.rows) + self.ghosts)]
+        self._take(np.array(kept))
 
     def _leave(self) -> None:
-        before = len(self.rows)
-        super()._leave()
-        if len(self.rows) < before:  # the copies are gone too
-            self.ghosts = 0
-            self._set_ghosts(-len(self.rows) % _ROWS)
-
-    def _set_ghosts(self, ghosts: int) -> None:
-        if ghosts == self.ghosts or self.cache is None:
+        """See `Generation._leave`; the cache is moved once, for those that stay and for the copies behind them."""
+        assert self.cache is not None
+        stays_R = np.array([self.samples.stop_reason[sample] is None for sample in self.rows], dtype=np.bool_)
+        if stays_R.all():
             return
-        rows = [*range(len(self.rows)), *[0] * ghosts]
-        self.cache.take(torch.tensor(rows, dtype=torch.long, device=self.device))
-        self.ghosts = ghosts
+        if self.journal is not None:
+            self.journal.add(self.samples.completion(sample) for sample in self.rows[~stays_R].tolist())
+        self.rows = self.rows[stays_R]
+        self._take(np.flatnonzero(stays_R))
+
+    def _take(self, kept: np.ndarray) -> None:
+        """These rows of the cache, and behind them as many copies of the first as are missing to a multiple of four."""
+        assert self.cache is not None
+        self.ghosts = -len(kept) % _ROWS
+        self.cache.take(torch.as_tensor(np.concatenate([kept, kept[:1].repeat(self.ghosts)]), device=self.device))
 
     def _forward(
         self, cache: RowCache, token_BQ: np.ndarray, position_BQ: np.ndarray, rows: torch.Tensor | None = None
