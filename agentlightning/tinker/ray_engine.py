@@ -9,7 +9,6 @@ file system that all workers see.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +88,8 @@ class EngineActor(WorkerActor):
 class RayLoraEngine:
     """See `engine_api.LoraEngine`. Joins the cluster of RAY_ADDRESS, or starts one of its own, which ends with it.
 
-    `stop` is looked at while a call waits: what it raises ends the call. The workers' logs are in `log_dir`.
+    `stop` is looked at while a call waits: what it raises ends the call. The workers' logs are in `log_dir`, or else
+    with Ray's own.
     """
 
     def __init__(
@@ -101,8 +101,7 @@ class RayLoraEngine:
             cuda = _use_gpus(world_size, settings.device)
             threads = settings.num_threads or max(1, (os.cpu_count() or 1) // world_size)
             settings = replace(settings, device="cuda" if cuda else "cpu", num_threads=threads)
-            logs = log_dir if log_dir is not None else Path(tempfile.mkdtemp(prefix="agentlightning-engine-"))
-            self.workers = RayWorkers(world_size, int(cuda), 1, logs, stop or Preemption(), EngineActor)
+            self.workers = RayWorkers(world_size, int(cuda), 1, log_dir, stop or Preemption(), EngineActor)
         except BaseException:
             self._leave()
             raise

@@ -33,15 +33,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from agentlightning.checkpoint.preemption import SIGNALS, Preemption
 from agentlightning.errors import AgentLightningError, ConfigError, WorkerError
 from agentlightning.workers.cluster import Demand, NodeDrained
-from agentlightning.workers.ray_cluster import (
-    ProcessId,
-    draining_nodes,
-    end_process,
-    mark_owner,
-    own_session,
-    remove_session,
-    reserve,
-)
+from agentlightning.workers.ray_cluster import ProcessId, draining_nodes, end_process, reserve
+from agentlightning.workers.ray_session import mark_owner, mark_session, own_session, remove_session
 from agentlightning.workers.signs_of_life import BESIDE, IDLE, SignsOfLife, beside
 
 _PLACEMENT_TIMEOUT_S = 60.0
@@ -410,6 +403,7 @@ def start_ray(init: Mapping[str, Any], cpus: int) -> None:
     usual: str = ray._common.utils.get_default_ray_temp_dir()  # pyright: ignore
     mark_owner(Path({"_temp_dir": usual, **init}["_temp_dir"]))
     ray.init(**{**defaults, **init})
+    mark_session(own_session())
 
 
 def _join(init: Mapping[str, Any]) -> None:

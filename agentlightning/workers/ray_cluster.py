@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 
 import psutil
 import ray
@@ -33,7 +30,6 @@ _SAY_AFTER_S = 3.0  # a free place is found sooner
 _SAY_EVERY_S = 30.0
 _SMALLER_S = 15.0  # for places that are free as far as Ray knows
 _END_PROCESS_S = 20.0
-_OWNER = "agentlightning_owner_"  # beside the sessions of clusters that a run has started, with its process's number
 
 
 class NotPlacedError(ConfigError):
@@ -151,66 +147,3 @@ def _kill(pid: int, started: float) -> None:
         process = psutil.Process(pid)
         if abs(process.create_time() - started) < 1:
             process.send_signal(signal.SIGKILL)
-
-
-def own_session() -> Path:
-    """The folder of the cluster, Ray's own logs and sockets, on this machine."""
-    node = ray._private.worker.global_worker.node  # pyright: ignore
-    return Path(node.get_session_dir_path())
-
-
-def mark_owner(folder: Path) -> None:
-    """Write down in Ray's `folder` that this process is about to start a cluster there, and remove what those left that were
-    killed before they could: the sessions, and what says whose they are.
-
-    Before the start, so that no moment is left in which a killed run would leave a session of which nobody knows whose it was.
-    """
-    process = psutil.Process()
-    folder.mkdir(parents=True, exist_ok=True)
-    for owner in folder.glob(f"{_OWNER}*"):
-        if _owner_lives(owner):
-            continue
-        with contextlib.suppress(FileNotFoundError):  # another start removes it too
-            for session in _sessions_of(owner):
-                shutil.rmtree(session, ignore_errors=True)
-            owner.unlink()
-    (folder / f"{_OWNER}{process.pid}").write_text(f"{process.pid} {process.create_time()}")
-
-
-def remove_session(session: Path) -> None:
-    """Remove that folder if this process has started its cluster; one that was joined stays."""
-    owner = session.parent / f"{_OWNER}{os.getpid()}"
-    if owner.is_file() and session in _sessions_of(owner):
-        shutil.rmtree(session, ignore_errors=True)
-        owner.unlink(missing_ok=True)
-
-
-def _sessions_of(owner: Path) -> list[Path]:
-    """Ray names a session by its beginning and by who began it; a number of a process may come again."""
-    pid, started = _process_of(owner)
-    sessions = owner.parent.glob(f"session_*_{pid}")
-    return [session for session in sessions if not session.is_symlink() and _began(session) >= started - 1]
-
-
-def _began(session: Path) -> float:
-    """Seconds since the epoch; `session_2026-11-25_15-41-17_180508_17550` says local time. 0 where it says something else."""
-    try:
-        return datetime.strptime(session.name.rpartition("_")[0], "session_%Y-%m-%d_%H-%M-%S_%f").timestamp()
-    except ValueError:
-        return 0.0
-
-
-def _process_of(owner: Path) -> tuple[int, float]:
-    pid, started = owner.read_text().split()
-    return int(pid), float(started)
-
-
-def _owner_lives(owner: Path) -> bool:
-    """Also where it cannot be made out."""
-    try:
-        pid, started = _process_of(owner)
-        return abs(psutil.Process(pid).create_time() - started) < 1
-    except psutil.NoSuchProcess:
-        return False
-    except (OSError, ValueError, psutil.Error):
-        return True

@@ -77,7 +77,10 @@ RULES = {  # the longest name that fits a module holds for it
 # DESIGN lets only verl/entrypoint import verl/trainer; verl/launch is the entrypoint's heavy half, which it alone may import.
 ONLY_IMPORTER = {"verl.trainer": "verl.launch", "verl.launch": "verl.entrypoint"}
 # What a worker holds (Actor, Critic, Engine) runs under a debugger without it.
-KNOW_RAY = ("workers.ray_backend", "workers.ray_cluster", "workers.signs_of_life", "verl", "tinker.ray_engine")
+KNOW_RAY = (
+    *("workers.ray_backend", "workers.ray_cluster", "workers.ray_session", "workers.signs_of_life"),
+    *("verl", "tinker.ray_engine"),
+)
 
 
 # ---- the checks: a folder that holds the package goes in, one line for each fault comes out

@@ -23,7 +23,7 @@ import agentlightning
 from agentlightning.checkpoint.preemption import Preemption
 from agentlightning.errors import WorkerError
 from agentlightning.workers.ray_backend import RayWorkers, WorkerActor, leave_ray, start_ray
-from agentlightning.workers.ray_cluster import own_session
+from agentlightning.workers.ray_session import own_session
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("cluster")]
 PATIENCE_S = 120.0

@@ -6,8 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -22,7 +20,7 @@ from agentlightning.verl.rules import check_job_directory
 from agentlightning.workers import ray_cluster, signs_of_life
 from agentlightning.workers.cluster import Demand, Node, describe, fitting_workers, room, too_little
 from agentlightning.workers.ray_backend import RayWorkers, joins_cluster
-from agentlightning.workers.ray_cluster import NotPlacedError, ProcessId, end_process, mark_owner, remove_session
+from agentlightning.workers.ray_cluster import NotPlacedError, ProcessId, end_process
 from agentlightning.workers.signs_of_life import IDLE, SignsOfLife
 
 TWO_BY_EIGHT = Demand(groups=2, size=8, gpus=1, cpus=1)
@@ -317,7 +315,7 @@ def test_nodes_of_which_no_worker_sees_the_run_directory_are_named(tmp_path, mon
     assert workers.blind_nodes(tmp_path / ".lease") == blind
 
 
-# ---- processes and folders
+# ---- processes
 
 
 @pytest.fixture
@@ -335,40 +333,3 @@ def test_a_stopped_process_is_ended_and_another_with_its_number_is_not(sleeper):
     assert sleeper.poll() is None
     end_process(ProcessId("here", "10.0.0.1", sleeper.pid, started), "here")
     assert sleeper.wait(10) == -signal.SIGKILL
-
-
-def test_folders_of_killed_runs_are_removed_those_of_others_stay(tmp_path, sleeper):
-    """A run may be killed at any time, also while Ray is just coming up: what says whose a session is was there before."""
-    created = psutil.Process(sleeper.pid).create_time()
-
-    def session(began: float, pid: int) -> Path:
-        folder = tmp_path / f"session_{datetime.fromtimestamp(began).strftime('%Y-%m-%d_%H-%M-%S_%f')}_{pid}"
-        (folder / "logs").mkdir(parents=True)
-        return folder
-
-    sleeper_s, nobodys = session(created + 2, sleeper.pid), session(created + 2, 4194999)
-    other_s = session(created - 5000, sleeper.pid)  # of `ray start`, whose own process ended long ago
-    (tmp_path / "session_latest").symlink_to(sleeper_s)
-    owner = tmp_path / f"agentlightning_owner_{sleeper.pid}"
-    owner.write_text(f"{sleeper.pid} {created}")
-    mark_owner(tmp_path)
-    assert all(folder.exists() for folder in (sleeper_s, nobodys, other_s, owner))
-
-    sleeper.kill()
-    sleeper.wait()
-    mine, joined = session(time.time(), os.getpid()), session(time.time(), os.getpid() + 1)
-    mark_owner(tmp_path)
-    assert [folder.exists() for folder in (sleeper_s, owner, nobodys, other_s)] == [False, False, True, True]
-
-    remove_session(joined)
-    remove_session(mine)
-    assert joined.exists()
-    assert {path.name for path in tmp_path.iterdir()} == {joined.name, nobodys.name, other_s.name, "session_latest"}
-
-
-def test_what_ray_calls_a_session_is_what_is_looked_for(tmp_path):
-    (tmp_path / "agentlightning_owner_17550").write_text("17550 86400.0")
-    (tmp_path / "session_2026-11-25_15-41-17_180508_17550").mkdir()
-    (tmp_path / "session_something_else_17550").mkdir()
-    [session] = ray_cluster._sessions_of(tmp_path / "agentlightning_owner_17550")
-    assert session.name == "session_2026-11-25_15-41-17_180508_17550"
