@@ -26,7 +26,7 @@ from agentlightning.errors import UserError
 from agentlightning.models.base import load_base
 from agentlightning.models.chat import check_vocabulary, load_tokenizer
 from agentlightning.models.multi_lora import Adapter, MultiLora
-from agentlightning.tinker.engine_api import BaseModelInfo, LoraEngine, SampleRequest
+from agentlightning.tinker.engine_api import BaseModelInfo, EngineMemory, LoraEngine, SampleRequest
 from agentlightning.tinker.engine_data import CheckedData, Limits, check_data
 from agentlightning.tinker.engine_model import LoraModel
 from agentlightning.tinker.engine_passes import DatumResult, run_data
@@ -260,6 +260,10 @@ class InProcessLoraEngine:
         adapter = self._saved_adapter(source) if isinstance(source, Path) else _snapshot(self._look_up(source).adapter)
         self.lora.check_weights(adapter.weights, f"{source}" if isinstance(source, Path) else f"model {source!r}")
         self.samplers[sampler_id] = adapter
+
+    def memory(self) -> EngineMemory:
+        """See the protocol."""
+        return EngineMemory(torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0)
 
     def drop_sampler(self, sampler_id: str) -> None:
         """See the protocol."""

@@ -35,6 +35,14 @@ class BaseModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Bytes that the engine holds, of all its workers together."""
+
+    device_bytes: int = 0  # allocated by tensors on GPUs
+    host_bytes: int = 0  # resident, of processes beside the one that calls
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRequest:
     """`num_samples` completions of one prompt by one sampler.
 
@@ -113,6 +121,10 @@ class LoraEngine(Protocol):
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[SampleResponse]:
         """All requests in one batch, whichever samplers they are of."""
+        ...
+
+    def memory(self) -> EngineMemory:
+        """What it holds now."""
         ...
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from agentlightning.checkpoint.preemption import Preemption
 from agentlightning.errors import NumericsError, UserError
 from agentlightning.tinker.engine import EngineSettings, InProcessLoraEngine, as_output
-from agentlightning.tinker.engine_api import BaseModelInfo, SampleRequest
+from agentlightning.tinker.engine_api import BaseModelInfo, EngineMemory, SampleRequest
 from agentlightning.tinker.engine_data import CheckedData, Limits, check_data
 from agentlightning.tinker.engine_passes import DatumResult
 from agentlightning.tinker.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, SampleResponse
@@ -59,6 +60,10 @@ class EngineWorker(InProcessLoraEngine):
         if gradient is not None:
             model.gradient.copy_(gradient)
         model.pending = pending
+
+    def memory(self) -> EngineMemory:
+        """Of this worker, whose process is beside that of who asks."""
+        return replace(super().memory(), host_bytes=psutil.Process().memory_info().rss)
 
     def sum_gradients(self, model_id: str) -> None:
         """Before a save: the first worker, which writes, holds the sum of all afterwards."""
@@ -173,6 +178,11 @@ class RayLoraEngine:
         shards = balanced_shards(work_B, self.workers.world_size)
         answers = self.workers.call("sample", [([requests[place] for place in shard],) for shard in shards])
         return _in_order(shards, answers, len(requests))
+
+    def memory(self) -> EngineMemory:
+        """See the protocol."""
+        workers: list[EngineMemory] = self._everywhere("memory")
+        return EngineMemory(sum(w.device_bytes for w in workers), sum(w.host_bytes for w in workers))
 
     def close(self) -> None:
         """See the protocol."""

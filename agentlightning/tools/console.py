@@ -171,7 +171,8 @@ def show_state(state: Mapping[str, Any]) -> None:
     _print(f"{state['base_model']}, agentlightning {state['version']}, up for {state['up_seconds']} s")
     _print(f"waiting: {queue['training']} training requests, {queue['samples']} samples")
     _print(f"tokens/s over the last minute: {speed['train']} training, {speed['sample']} sampling")
-    _print(f"memory: {size_text(state['memory']['resident_bytes'])}")
+    memory = state["memory"]
+    _print(f"memory: {size_text(memory['resident_bytes'])}, on GPUs {size_text(memory['device_bytes'])}")
     _print(f"checkpoints: {kept['count']}, {size_text(kept['bytes'])}")
     if state["models"]:
         table = _table("model", "rank", "requests", "saved", "in engine", "last request", right=("rank", "requests", "saved"))

@@ -60,13 +60,13 @@ class Page:
 
 def state_html(state: dict[str, Any]) -> str:
     """Tables; every text in them is escaped."""
-    speed, queue = state["tokens_per_second"], state["queue"]
+    speed, queue, memory = state["tokens_per_second"], state["queue"], state["memory"]
     facts = {
         "base model": state["base_model"],
         "up": f"{state['up_seconds']} s",
         "queue": f"{queue['training']} training, {queue['samples']} samples",
         "tokens/s": f"{speed['train']} training, {speed['sample']} sampling",
-        "memory": f"{state['memory']['resident_bytes'] / 1e6:.0f} MB",
+        "memory": f"{memory['resident_bytes'] / 1e6:.0f} MB, on GPUs {memory['device_bytes'] / 1e6:.0f} MB",
         "checkpoints": f"{state['checkpoints']['count']}, {state['checkpoints']['bytes'] / 1e6:.1f} MB",
     }
     rows = "".join(f"<tr><th>{escape(name)}<td>{escape(str(value))}" for name, value in facts.items())

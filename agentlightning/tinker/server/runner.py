@@ -8,8 +8,10 @@ its next start goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -23,7 +25,7 @@ from pathlib import Path
 from agentlightning.checkpoint.files import remove
 from agentlightning.checkpoint.manifest import digest
 from agentlightning.errors import AgentLightningError, UserError
-from agentlightning.tinker.engine_api import LoraEngine, SampleRequest
+from agentlightning.tinker.engine_api import EngineMemory, LoraEngine, SampleRequest
 from agentlightning.tinker.server import wire
 from agentlightning.tinker.server.effects import USER_FAULTS, Effect, Effects, words
 from agentlightning.tinker.server.journal import Change, Journal, drop_payload, finish
@@ -39,6 +41,7 @@ MAX_SAMPLERS = 32  # in the engine; any other is brought back from its directory
 _RATE_WINDOW_S = 60.0
 _RETRY_S = 1.0
 _CLOSE_S = 15.0  # for the engine to end
+_MEMORY_S = 10.0  # how old what the status says of the engine's memory may be
 _EARLY = ("forward_backward", "optim_step")  # may begin before they are durable: they change the engine alone
 # What PyTorch, the file system and our own mistakes raise. Not `Exception`: what is not foreseen ends the service.
 FAULTS = (
@@ -75,6 +78,8 @@ class Runner:
         self.keeper = Keeper(engine, registry, journal, self._effects, root, policy or SavePolicy())
         self._samplers: OrderedDict[str, None] = OrderedDict()  # in the engine, the longest unused first
         self._tokens: deque[tuple[float, str, int]] = deque()
+        self.memory = EngineMemory()  # as it was a moment ago: only the engine's own thread can ask
+        self._memory_at = -math.inf
         self.saved = threading.Event()  # it was told to go, and all is on the disk
         self._unwritten: set[str] = set()  # requests with results that are on their way to the disk
         self._call_soon, self._on_end = call_soon, on_end
@@ -127,11 +132,20 @@ class Runner:
                     break
                 else:
                     self._save_idle()
+                self._look_at_memory()
             self._save_idle()
             self.saved.set()
             self._engine.close()
         finally:
             self._on_end()
+
+    def _look_at_memory(self) -> None:
+        """Now and then: on Ray it is a call to every worker."""
+        now = time.monotonic()
+        if now - self._memory_at >= _MEMORY_S:
+            self._memory_at = now
+            with contextlib.suppress(AgentLightningError):  # a worker has died: whoever needs it is told
+                self.memory = self._engine.memory()
 
     # ---- training
 

@@ -91,14 +91,15 @@ def state_view(service: Service, owner: str) -> dict[str, Any]:
     registry, held = service.registry, set(service.runner.keeper.held)
     checkpoints = [checkpoint for checkpoint in list(registry.checkpoints.values()) if checkpoint.owner == owner]
     training, samples = service.queue.lengths()
-    memory: dict[str, int] = {"resident_bytes": psutil.Process().memory_info().rss}
+    engine = service.runner.memory
+    resident = psutil.Process().memory_info().rss + engine.host_bytes
     return {
         "version": __version__,
         "base_model": service.base.name,
         "up_seconds": round(time.time() - service.started_at),
         "queue": {"training": training, "samples": samples},
         "tokens_per_second": service.runner.rates(),
-        "memory": memory,
+        "memory": {"resident_bytes": resident, "device_bytes": engine.device_bytes},
         "models": [
             {
                 "id": model.id,

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from agentlightning.errors import NumericsError, UserError
-from agentlightning.tinker.engine_api import BaseModelInfo, SampleRequest
+from agentlightning.tinker.engine_api import BaseModelInfo, EngineMemory, SampleRequest
 from agentlightning.tinker.types import (
     AdamParams,
     Datum,
@@ -65,6 +65,9 @@ class FakeEngine:
 
     def base_model(self) -> BaseModelInfo:
         return BaseModelInfo("tiny", "toy", "/tokenizer", 512)
+
+    def memory(self) -> EngineMemory:
+        return EngineMemory(device_bytes=3_000_000, host_bytes=0)
 
     def create_model(self, model_id: str, lora: LoraConfig) -> None:
         self._call("create_model", model_id)

@@ -80,7 +80,9 @@ def test_a_process_that_is_killed_and_one_that_is_told_to_go(tmp_path: Path, cap
         for future in futures:
             assert post(client, "retrieve_future", future)["bytes"]
         assert main(["serve", "--status", "--url", server.url, "--api-key", key]) == 0
-        assert f"{session}:train:0" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"{session}:train:0" in shown
+        assert "on GPUs 3.0 MB" in shown
         assert main(["serve", "--status", "--url", server.url, "--api-key", "tml-wrong"]) == 2
         optim = {"model_id": f"{session}:train:0", "seq_id": 4, "adam_params": {}}
         post(client, "retrieve_future", post(client, "optim_step", optim))
