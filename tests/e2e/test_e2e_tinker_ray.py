@@ -68,8 +68,11 @@ def test_ray_workers_train_and_sample_as_one_process_does(tmp_path: Path, worker
     engine = RayLoraEngine(workers, SETTINGS, log_dir=tmp_path / "logs")
     try:
         given = played(engine, tmp_path / "ray")
+        held = engine.memory()
     finally:
         engine.close()
+    assert held.host_bytes > workers * 1e8  # torch alone is that much
+    assert held.device_bytes == 0
     assert given[-1] == given[-2], "a loaded model does not go on as the one that was saved"
     if workers == 1:
         assert given == expected
