@@ -16,9 +16,9 @@ class Fixed:
 
 def test_the_table_says_what_http_costs(capsys):
     http, own = Fixed(9.0), Fixed(10.0)
-    bench.show(bench.measure({"http": http, "own": own}, rounds=2, seconds=0.0))
+    bench.show(bench.measure({"http": http, "own": own, "sdk": Fixed(100.0)}, rounds=2, seconds=0.0))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["train", "1", "9.0", "10.0", "100.0", "0.90"]
+    assert lines[1] == ["train", "1", "9.0", "10.0", "100.0", "10.0", "0.90"]
     assert lines[6][:4] == ["sample", "16", "144.0", "160.0"]
     assert lines[7][-1] == "16.0"
     assert http.asked == own.asked
