@@ -20,7 +20,7 @@ from agentlightning.tinker.engine_api import LoraEngine
 from agentlightning.tinker.server import wire
 from agentlightning.tinker.server.journal import Change, put
 from agentlightning.tinker.server.paths import TinkerPath, check_name, folder_of, parse_path
-from agentlightning.tinker.server.records import Checkpoint, Model, Operation, ResultType, Sampler, now
+from agentlightning.tinker.server.records import REFUSED, Checkpoint, Model, Operation, ResultType, Sampler, now
 from agentlightning.tinker.server.registry import Registry
 from agentlightning.tinker.server.requests import (
     CreateModel,
@@ -74,11 +74,15 @@ class Effects:
             "save_weights_for_sampler": self._save_sampler,
             "save_weights_external": self._save_external,
             "load_weights": self._load_weights,
+            REFUSED: self._refuse,
         }
 
     def run(self, model: Model, operation: Operation, payload: bytes) -> Effect:
         """Do it."""
         return self._kinds[operation.kind](model, operation, payload)
+
+    def _refuse(self, model: Model, operation: Operation, payload: bytes) -> Effect:
+        raise UserError(payload.decode())
 
     # ---- training
 

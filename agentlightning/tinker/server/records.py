@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 Category = Literal["user", "server"]
 ResultType = Literal["json", "protobuf", "user", "server"]  # the latter two: an error's text, and whose fault it was
 SAMPLE = "sample"  # the kind of operation that has no order
+REFUSED = "refused"  # the kind that only takes up its number; its payload is the error
 
 
 def now() -> str:

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
 
 from agentlightning.errors import UserError
 from agentlightning.tinker.server import requests as body
+from agentlightning.tinker.server import wire
 from agentlightning.tinker.server.keys import hide
 from agentlightning.tinker.server.records import Operation, now
 from agentlightning.tinker.server.service import Service
@@ -156,7 +157,14 @@ class LoopRoutes:
         """A future; the body is protobuf."""
         if "content-encoding" in request.headers:
             raise UserError(f"Content-Encoding is {request.headers['content-encoding']}; expected none, as client/config says")
-        return _future(await self._service.forward_backward(owner, await request.body()))
+        raw = await request.body()
+        why = request.scope["state"]["refused"]
+        if why is None:
+            return _future(await self._service.forward_backward(owner, raw))
+        head = wire.numbered_head(raw)
+        if head is None:
+            raise HTTPException(413, why)
+        return _future(await self._service.refused(owner, *head, why))
 
     async def numbered(self, owner: Owner, request: Request) -> dict[str, Any]:
         """A future of what the path names."""

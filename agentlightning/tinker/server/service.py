@@ -24,7 +24,7 @@ from agentlightning.tinker.server.journal import Change, Journal, accept, put
 from agentlightning.tinker.server.keeper import SavePolicy
 from agentlightning.tinker.server.keys import Keys
 from agentlightning.tinker.server.paths import parse_path
-from agentlightning.tinker.server.records import SAMPLE, Blob, Model, Operation, Sampler, Session, now
+from agentlightning.tinker.server.records import REFUSED, SAMPLE, Blob, Model, Operation, Sampler, Session, now
 from agentlightning.tinker.server.registry import NotFoundError, Registry
 from agentlightning.tinker.server.requests import Asample, CreateModel, CreateSampler, CreateSession, LoadWeights, OntoModel
 from agentlightning.tinker.server.runner import Runner
@@ -167,11 +167,21 @@ class Service:
         return await self.submit(owner, kind, model_id, 0, raw, put(self.registry.models[model_id]))
 
     async def forward_backward(self, owner: str, raw: bytes) -> Operation:
-        """One with a protobuf body."""
-        message = wire.parse_forward_backward(raw)
+        """One with a protobuf body. What cannot be read is an operation too, if its number can: else that would be a gap."""
+        try:
+            message = wire.parse_forward_backward(raw)
+        except UserError as error:
+            head = wire.numbered_head(raw)
+            if head is None:
+                raise
+            return await self.refused(owner, *head, str(error))
         if message.seq_id < 1:
             raise UserError(f"seq_id is {message.seq_id}; expected 1 or more, counted by the client")
         return await self.submit(owner, "forward_backward", message.model_id, message.seq_id, raw)
+
+    async def refused(self, owner: str, model_id: str, seq: int, why: str) -> Operation:
+        """One that fails in its turn."""
+        return await self.submit(owner, REFUSED, model_id, seq, why.encode())
 
     async def submit(self, owner: str, kind: str, model_id: str, seq: int, raw: bytes, *changes: Change) -> Operation:
         """Durable when this returns. The same number again gives the same operation, UserError if it is another one."""
@@ -242,6 +252,8 @@ class Service:
     def _is_same(self, operation: Operation, raw: bytes) -> bool:
         if operation.payload_digest == digest(raw) or operation.payload is None:
             return True
+        if operation.kind == REFUSED:
+            return False
         before = self.journal.segments.read(operation.payload)
         if operation.kind == "forward_backward":
             return wire.parse_forward_backward(before) == wire.parse_forward_backward(raw)

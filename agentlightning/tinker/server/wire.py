@@ -6,6 +6,7 @@ with the SDK's when both are imported. Fields that we neither read nor write are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +148,8 @@ def _classes() -> dict[str, Any]:
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in _MESSAGES}
 
 
+_HEAD = re.compile(rb"\x0a([\x80-\xff]?[\x00-\x7f])", re.DOTALL)  # field 1, length-delimited
+_NUMBER = re.compile(rb"\x10([\x80-\xff]{0,3}[\x00-\x7f]|[\x80-\xff]{4}[\x00-\x07])", re.DOTALL)  # field 2, a varint of 31 bits
 MESSAGES = _classes()  # name -> class, for tests too
 
 
@@ -161,6 +164,22 @@ def parse_forward_backward(raw: bytes) -> Any:
     except DecodeError as error:
         raise UserError(f"the body is no ForwardBackwardRequest ({error}); expected protobuf of the tinker SDK") from error
     return message
+
+
+def numbered_head(raw: bytes) -> tuple[str, int] | None:
+    """The model and the number that a ForwardBackwardRequest begins with, whatever comes behind; None if they are not there."""
+    match = _HEAD.match(raw)
+    if match is None:
+        return None
+    size, start = _varint(match[1]), match.end()
+    number = _NUMBER.match(raw, start + size)
+    if number is None or _varint(number[1]) < 1 or not raw[start : start + size].isascii():
+        return None
+    return raw[start : start + size].decode(), _varint(number[1])
+
+
+def _varint(digits: bytes) -> int:
+    return sum((digit & 0x7F) << 7 * place for place, digit in enumerate(digits))
 
 
 def decode_forward_backward(raw: bytes) -> ForwardBackwardRequest:

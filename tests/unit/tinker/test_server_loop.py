@@ -181,6 +181,35 @@ def test_a_body_without_a_length_ends_when_it_is_too_large(tmp_path: Path):
     run(tmp_path, test)
 
 
+def test_a_request_that_cannot_be_read_takes_up_its_number(tmp_path: Path):
+    """The SDK counts on: a number that was refused at the door would be waited for by all that come behind."""
+
+    async def test(client: Client):
+        await client.open()
+        whole = forward_backward(client.model, 1, [1, 2])
+
+        async def without_a_length():
+            yield forward_backward(client.model, 3, [1, 2])
+            for _ in range(3):
+                yield b"x" * (1 << 19)
+
+        torn = await client.post("forward_backward", whole[:-5])
+        large = await client.post("forward_backward", forward_backward(client.model, 2, [1] * (1 << 17)))
+        larger = (await client.call("POST", "forward_backward", content=without_a_length())).json()
+        for future, words in ((torn, "expected protobuf"), (large, "--max-body-mb"), (larger, "--max-body-mb")):
+            failed = await client.result(future)
+            assert failed["category"] == "user"
+            assert words in failed["error"]
+        assert await client.post("forward_backward", whole[:-5]) == torn
+        assert "other contents" in (await client.post("forward_backward", whole, 400))["detail"]
+        too_large = forward_backward(client.model, 1, [1] * (1 << 17))
+        assert "other contents" in (await client.post("forward_backward", too_large, 400))["detail"]
+        client.seq = 3
+        assert isinstance((await client.step([1]))[0], bytes)
+
+    run(tmp_path, test)
+
+
 def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     async def test(client: Client):
         caplog.set_level("DEBUG")

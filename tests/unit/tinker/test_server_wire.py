@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from agentlightning.errors import UserError
-from agentlightning.tinker.server.wire import MESSAGES, decode_forward_backward, encode_forward_backward, encode_sample
+from agentlightning.tinker.server.wire import (
+    MESSAGES,
+    decode_forward_backward,
+    encode_forward_backward,
+    encode_sample,
+    numbered_head,
+)
 from agentlightning.tinker.types import ForwardBackwardOutput, SampledSequence, SampleResponse, TensorData
 
 
@@ -42,6 +48,20 @@ def test_a_request_is_read_from_its_bytes():
     assert datum.model_input.to_ints() == [5, 6, 7]
     assert datum.loss_fn_inputs["x"].dtype == "float32"
     assert datum.loss_fn_inputs["x"].tolist() == [0.5, 1.5, -2.0]
+
+
+@pytest.mark.parametrize("number", [1, 127, 128, 70_000, (1 << 31) - 1])
+@pytest.mark.parametrize("name", ["m", "s" * 200 + ":train:0"])
+def test_the_head_of_a_request_is_read_without_the_rest(name: str, number: int):
+    raw = MESSAGES["ForwardBackwardRequest"](model_id=name, seq_id=number, loss_fn="ppo").SerializeToString()
+    assert numbered_head(raw[:-2]) == (name, number)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\x0a", b"\x0a\x05m", b"\x10\x01", b"\x0a\x01m\x10\x00", b"\x0a\x01\xff\x10\x01", b"xxxx"]
+)
+def test_what_has_no_head_has_no_number(raw: bytes):
+    assert numbered_head(raw) is None
 
 
 def test_a_sparse_tensor_becomes_dense():
