@@ -207,7 +207,8 @@ class AgentLightningTrainer:
                 with self._timer("update_actor", timing_raw):
                     metrics |= self._update_actor(batch, step)
             with self._timer("update_weights", timing_raw):
-                self.group.update_weights(step)
+                device_gb, host_gb = self.group.update_weights(step)
+        metrics |= {"perf/max_memory_allocated_gb": device_gb, "perf/cpu_memory_used_gb": host_gb}
         self.state.global_step, self.state.position = step, experience.position
         self.state.tokens_seen += int(batch.total_len_B.sum())
         metrics |= {**kl_metrics, **experience.metrics, "training/epoch": self._epoch(start)}
@@ -271,7 +272,6 @@ class AgentLightningTrainer:
         trainer, is_last = self.config.trainer, step == self.total_steps
         if self.val_prompts and trainer.test_freq > 0 and (is_last or step % trainer.test_freq == 0):
             metrics |= self._validate(step, timing_raw)
-        device_gb, host_gb = self.group.memory_gb()
         metrics |= compute_data_metrics(
             batch,
             num_turns_B=np.array([completion.num_turns for completion in experience.completions]),
@@ -279,11 +279,7 @@ class AgentLightningTrainer:
             max_response_length=self.config.data.max_response_length,
         )
         metrics |= compute_throughput_metrics(batch, timing_raw["step"], self.group.world_size)
-        metrics |= {
-            "training/global_step": step,
-            "perf/max_memory_allocated_gb": device_gb,
-            "perf/cpu_memory_used_gb": host_gb,
-        }
+        metrics["training/global_step"] = step
         tokens = tokens_of_phase(batch)
         metrics |= compute_timing_metrics(timing_raw, tokens)
         if self.config.trainer.rollout_data_dir is not None:

@@ -165,9 +165,13 @@ class WorkerGroup:
         work = _work(_only(batch, CRITIC_COLUMNS), shards, mini_batches, training_step)
         return _reduce(self._spread("update_critic", work))
 
-    def update_weights(self, version: int) -> None:
-        """All engines sample from the present adapter from now on."""
-        self._same("update_weights", version)
+    def update_weights(self, version: int) -> tuple[float, float]:
+        """All engines sample from the present adapter from now on.
+
+        Returns the largest peak of device memory, and the largest resident memory, of a worker, in GiB.
+        """
+        answers = self._same("update_weights", version)
+        return max(device for device, _ in answers), max(host for _, host in answers)
 
     def choose_writers(self, witness: Path) -> None:
         """Those workers write checkpoints that see the file `witness` in the run directory as it is here.
@@ -207,11 +211,6 @@ class WorkerGroup:
         if not warnings:
             return None
         return warnings[0] + (f" (so on {len(warnings)} of {self.world_size} workers)" if self.world_size > 1 else "")
-
-    def memory_gb(self) -> tuple[float, float]:
-        """Largest peak of device memory, and largest resident memory, of a worker, in GiB."""
-        answers = self._same("memory_gb")
-        return max(device for device, _ in answers), max(host for _, host in answers)
 
     def close(self) -> None:
         """End the workers."""
