@@ -1,5 +1,7 @@
 """The bench of the service does the same work both ways, and says what is slower."""
 
+import os
+
 from sdk_programs import load_script
 
 bench = load_script("bench_serve")
@@ -30,3 +32,15 @@ def test_the_engine_of_this_process_steps_and_samples(tmp_path, monkeypatch):
     assert load.run("train", 2, 0.1) > 0
     assert len(load.training) == 2
     assert load.run("sample", 1, 0.1) > 0
+
+
+def test_the_sdk_takes_the_answers_of_the_server_that_does_nothing(sdk):
+    server = load_script("instant_server").InstantServer(2, bench.LENGTH, bench.SAMPLES, bench.TOKENS)
+    environment = {**os.environ, "TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-a-key"}
+    far = bench.FarLoad(str(sdk / "python"), environment, "tiny", 2)
+    try:
+        assert far.run("train", 2, 0.1) > 0
+        assert far.run("sample", 1, 0.1) > 0
+    finally:
+        far.close()
+        server.close()
