@@ -160,8 +160,8 @@ class Processes:
         for pipe in self.pipes:
             pipe.recv()
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """See `Backend`."""
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
+        """See `Backend`; all are asked."""
         for pipe, of_worker in zip(self.pipes, arguments, strict=True):
             pipe.send((method, of_worker))
         answers, seconds = zip(*(pipe.recv() for pipe in self.pipes), strict=True)

@@ -59,9 +59,7 @@ class Load:
     response_tokens: int = 1024  # the limit
     mean_response: int = 512  # before the limit cuts: lengths are exponential
     mini_batches: int = 4  # optimizer steps
-    state_bytes: int = (
-        65536  # that a worker writes into a checkpoint here; a real share is larger, and no part of the controller
-    )
+    state_bytes: int = 1 << 26  # a checkpoint
     overrides: tuple[str, ...] = ()  # further key=value
 
 
@@ -162,6 +160,10 @@ class OneWorker:
     def snapshot(self, buffer: int, writer: int, writers: int) -> int:
         """Copies nothing: the copy is the worker's time."""
         self.share = writer, writers
+        return self.load.state_bytes // writers
+
+    def state_bytes(self) -> int:
+        """Of a whole checkpoint."""
         return self.load.state_bytes
 
     def write_snapshot(self, buffer: int, staging: str, algorithm: str) -> dict[str, FileEntry]:
@@ -170,7 +172,7 @@ class OneWorker:
         data = {f"actor/optimizer-{writer:05}-of-{writers:05}.safetensors": f"exp_avg.{writer}"}
         if writer == 0:
             data["actor/adapter_model.safetensors"] = "lora_A"
-        array = np.zeros(self.load.state_bytes // 4, dtype=np.float32)
+        array = np.zeros(self.load.state_bytes // writers // 4, dtype=np.float32)
         (Path(staging) / "actor").mkdir(exist_ok=True)
         return {
             relative: write_file(Path(staging) / relative, [to_safetensors({name: array})], algorithm)
@@ -189,22 +191,23 @@ class FakeWorkers:
         self.workers = [OneWorker(rank, load, 0) for rank in range(world_size)]
         self.dies_at: tuple[str, int] | None = None  # method, and the version that the workers have
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         """See `Backend`. What all are given alike is one object of the store."""
         alike = all(given is arguments[0] for given in arguments)
-        sent = [_pack(given) for given in (arguments[:1] if alike else arguments)]
+        asked = [worker for worker, given in zip(self.workers, arguments, strict=True) if given is not None]
+        sent = [_pack(given) for given in (arguments[:1] if alike else arguments) if given is not None]
         self.ledger.sent += sum(map(_size, sent))
         began, cpu_began = time.perf_counter(), time.thread_time()
         if method == "generate":
             self.meanwhile()
         if (method, self.workers[0].version) == self.dies_at:
             raise WorkerError("a worker died: it was preempted")
-        given = [_unpack(packed) for packed in sent] * (len(self.workers) if alike else 1)
-        answers = [_pack(getattr(worker, method)(*given)) for worker, given in zip(self.workers, given, strict=True)]
+        given = [_unpack(packed) for packed in sent] * (len(asked) if alike else 1)
+        answers = {worker.rank: _pack(getattr(worker, method)(*given)) for worker, given in zip(asked, given, strict=True)}
         self.ledger.worker_s += time.perf_counter() - began
         self.ledger.worker_cpu_s += time.thread_time() - cpu_began
-        self.ledger.received += sum(map(_size, answers))
-        return [_unpack(answer) for answer in answers]
+        self.ledger.received += sum(map(_size, answers.values()))
+        return [_unpack(answers[rank]) if rank in answers else None for rank in range(self.world_size)]
 
     def call_first(self, method: str, *arguments: Any) -> Any:
         """See `Backend`."""
@@ -331,7 +334,7 @@ class ControllerReport:
     phases_s: Mapping[str, float]  # of CPU
     sent_bytes: int  # a step
     received_bytes: int
-    checkpoint_bytes: int  # a checkpoint, with state_bytes a worker
+    checkpoint_bytes: int  # a checkpoint
     checkpoint_files: int
     commit_s: float  # behind the steps
     restart_s: float  # from the death of a worker to the first call of the new ones

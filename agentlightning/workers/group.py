@@ -25,6 +25,7 @@ from agentlightning.workers.shards import balanced_shards, prompt_shards, shards
 # What the losses read; no other column of a batch is sent to the workers.
 ACTOR_COLUMNS = ("advantages", "old_log_probs", "ref_log_prob", "rollout_is_weights", "rollout_tokens")
 CRITIC_COLUMNS = ("values", "returns")
+SHARE_BYTES = 1 << 24  # of a checkpoint, below which a file more costs a large cluster more than it saves
 
 
 class Backend(Protocol):
@@ -32,8 +33,8 @@ class Backend(Protocol):
 
     world_size: int
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The answers of all workers, by rank."""
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
+        """The answers of all workers, by rank. Who is given None is not asked, and has None for an answer."""
         ...
 
     def call_first(self, method: str, *arguments: Any) -> Any:
@@ -59,9 +60,9 @@ class InProcess:
 
         self.worker = Worker(settings, check)
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         """See `Backend`."""
-        return [getattr(self.worker, method)(*arguments[0])]
+        return [getattr(self.worker, method)(*given) if given is not None else None for given in arguments]
 
     def call_first(self, method: str, *arguments: Any) -> Any:
         """See `Backend`."""
@@ -173,13 +174,16 @@ class WorkerGroup:
         answers = self._same("update_weights", version)
         return max(device for device, _ in answers), max(host for _, host in answers)
 
-    def choose_writers(self, witness: Path) -> None:
-        """Those workers write checkpoints that see the file `witness` in the run directory as it is here.
+    def choose_writers(self, witness: Path, share_bytes: int = SHARE_BYTES) -> None:
+        """Those workers write checkpoints that see the file `witness` in the run directory as it is here: as many of them as
+        get a share of at least `share_bytes`, spread over all.
 
         Raises `CheckpointError` if none does.
         """
         text = witness.read_text(errors="replace")
-        self._writers = [rank for rank, sees in enumerate(self._same("sees", str(witness), text)) if sees]
+        seeing = [rank for rank, sees in enumerate(self._same("sees", str(witness), text)) if sees]
+        shares = min(len(seeing), max(1, self.backend.call_first("state_bytes") // share_bytes))
+        self._writers = [seeing[place * len(seeing) // shares] for place in range(shares)]
         if not self._writers:
             raise CheckpointError(
                 f"none of {self.world_size} workers can see {witness.parent}; the run directory must be on a file system that "
@@ -195,10 +199,10 @@ class WorkerGroup:
 
     def snapshot(self, buffer: int) -> SnapshotWriter:
         """Copy the state as it is now into host buffer 0 or 1, each writer its share; returns what writes it out later."""
-        place = {rank: writer for writer, rank in enumerate(self._writers)}
-        count = len(self._writers)
-        shares = [(buffer, place.get(rank, 0), count if rank in place else 0) for rank in range(self.world_size)]
-        sizes: list[int] = self.backend.call("snapshot", shares)
+        shares: list[tuple[int, int, int] | None] = [None] * self.world_size
+        for writer, rank in enumerate(self._writers):
+            shares[rank] = (buffer, writer, len(self._writers))
+        sizes = [size for size in self.backend.call("snapshot", shares) if size is not None]
         return SnapshotWriter(self.backend, tuple(self._writers), buffer, sum(sizes))
 
     def load_state(self, state: WorkerState) -> None:

@@ -229,11 +229,17 @@ class RayWorkers:
             self.call("connect", [(rank, self.world_size, address) for rank in range(self.world_size)])
             self._wait([actor.limit_collectives.remote(self.timeout_s) for actor in self.actors])
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         """See `Backend`."""
-        if len(arguments) > _MANY and all(args is arguments[0] for args in arguments):  # one copy for all, not one each
-            arguments = [tuple(ray.put(argument) for argument in arguments[0])] * len(arguments)
-        return self._wait([actor.call.remote(method, *args) for actor, args in zip(self.actors, arguments, strict=True)])
+        first = arguments[0]
+        if first is not None and len(arguments) > _MANY and all(args is first for args in arguments):
+            arguments = [tuple(ray.put(argument) for argument in first)] * len(arguments)  # one copy for all, not one each
+        asked = [(rank, args) for rank, args in enumerate(arguments) if args is not None]
+        answers: list[Any] = [None] * len(arguments)
+        given = self._wait([self.actors[rank].call.remote(method, *args) for rank, args in asked])
+        for (rank, _), answer in zip(asked, given, strict=True):
+            answers[rank] = answer
+        return answers
 
     def call_first(self, method: str, *arguments: Any) -> Any:
         """See `Backend`."""

@@ -201,11 +201,16 @@ class Worker:
         """Whether a layer of the base holds but its part of the weights."""
         return self.sharded is not None and self.sharded.holds_a_part()
 
+    def state_bytes(self) -> int:
+        """Of a whole checkpoint, once every optimizer has stepped."""
+        optimizers = [self.actor.optimizer, *([self.critic.optimizer] if self.critic is not None else [])]
+        numbers = sum(parameter.numel() for optimizer in optimizers for parameter in optimizer.parameters.values())
+        return 3 * 4 * numbers  # float32: the parameter and its two moments
+
     def snapshot(self, buffer: int, writer: int, writers: int) -> int:
-        """Copy this worker's share of the state into host buffer `buffer`; returns its bytes. `writers=0` copies nothing."""
+        """Copy this worker's share of the state into host buffer `buffer`; returns its bytes."""
         snapshot = self.snapshots[buffer]
-        if writers:
-            snapshot.copy_from(share_of_state(self._state_tensors(), writer, writers))
+        snapshot.copy_from(share_of_state(self._state_tensors(), writer, writers))
         return snapshot.bytes
 
     def write_snapshot(self, buffer: int, staging: str, algorithm: str) -> dict[str, FileEntry]:

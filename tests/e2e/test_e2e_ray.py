@@ -116,9 +116,6 @@ def test_row_other_gpu_count_and_hidden_cause_a_workers_words_then_two_workers_t
     for name in ("critic/score/mean", "prompt_length/mean", "response_length/mean", "perf/total_num_tokens"):
         assert mine[name] == theirs[name]
     assert mine["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=1e-4)
-    assert {name for name in run.files(4) if "optimizer" in name} == {
-        f"actor/optimizer-{rank:05}-of-00002.safetensors" for rank in (0, 1)
-    }
-    run.again()  # and back to one, which reads what two have written
+    run.again()  # and back to one
     assert run.steps == [1, 2, 3, 4, 5]
     assert run.newest_valid() == 5

@@ -74,17 +74,22 @@ class GlooBackend:
     def __init__(self, pipes: Sequence[Any]) -> None:
         self.pipes, self.world_size = pipes, len(pipes)
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...] | None]) -> list[Any]:
         for pipe, of_worker in zip(self.pipes, arguments, strict=True):
-            pipe.send((method, of_worker))
-        return [self._answer(pipe) for pipe in self.pipes]
+            if of_worker is not None:
+                pipe.send((method, of_worker))
+        return [
+            self._answer(pipe) if of_worker is not None else None for pipe, of_worker in zip(self.pipes, arguments, strict=True)
+        ]
 
     def call_first(self, method: str, *arguments: Any) -> Any:
         self.pipes[0].send((method, arguments))
         return self._answer(self.pipes[0])
 
     def call_beside(self, method: str, ranks: Sequence[int], *arguments: Any) -> list[Any]:
-        return [self.call_first(method, *arguments) for _ in ranks]
+        for rank in ranks:
+            self.pipes[rank].send((method, arguments))
+        return [self._answer(self.pipes[rank]) for rank in ranks]
 
     def close(self) -> None:
         """The processes go on to serve others."""

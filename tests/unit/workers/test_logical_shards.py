@@ -7,8 +7,11 @@ import pytest
 import torch
 from several_workers import Processes
 
+from agentlightning.checkpoint import store
+from agentlightning.checkpoint.manager import CheckpointManager
 from agentlightning.types import LoraShape, MicroBatches, SamplingParams
 from agentlightning.verl.batching import MiniBatchPlan, make_batch
+from agentlightning.verl.state import TrainerState, checkpoint_files, worker_state
 from agentlightning.workers.group import WorkerGroup
 from agentlightning.workers.logical_shards import GradientTree, subtrees
 from agentlightning.workers.settings import ActorSettings, CriticSettings, OptimSettings, RolloutSettings, WorkerSettings
@@ -130,6 +133,28 @@ def test_what_four_workers_saved_goes_on_with_two_and_one(processes, base_path, 
         ends.append((seen, bits(backend.call_first("state"))))
     assert ends[1] == ends[0]
     assert ends[2] == ends[0]
+
+
+@pytest.mark.parametrize(("share_bytes", "writers"), [(1, 4), (None, 1)])
+def test_as_many_workers_write_as_there_is_to_write(share_bytes, writers, processes, base_path, prompts, tmp_path):
+    """And what they have written is what the first of them holds."""
+    backend = processes.backend(settings_of("grpo", base_path), 4, tmp_path / "rendezvous")
+    group = WorkerGroup(backend, SHARDS)
+    (tmp_path / "witness").write_text("here")
+    group.choose_writers(tmp_path / "witness", *([] if share_bytes is None else [share_bytes]))
+    train(group, prompts[:10], critic=False)
+    expected = backend.call_first("state").actor
+    with CheckpointManager(tmp_path / "run", save_freq=1) as manager:
+        files = checkpoint_files(group.snapshot(1), group.adapter_configs(), TrainerState(global_step=1), {}, {})
+        saved = store.load(manager.save(1, files).path)
+    first = 0 if writers == 1 else 1  # the first of several has its share in the adapter itself
+    assert sorted(path for path in saved.tensors if "optimizer" in path) == [
+        f"actor/optimizer-{writer:05}-of-{writers:05}.safetensors" for writer in range(first, writers)
+    ]
+    held = worker_state(saved, uses_critic=False).actor
+    for mine, theirs in ((held.weights, expected.weights), (held.optimizer, expected.optimizer)):
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_without_logical_shards_the_same_is_learned_but_not_to_the_last_bit(processes, base_path, prompts, tmp_path):
