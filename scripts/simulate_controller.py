@@ -292,7 +292,7 @@ class Stopwatch(PlainConsole):
 
 
 class EveryPicture(Tracking):
-    """The real one, which draws reward.png after each step, as it does where a step takes a minute."""
+    """The real one, which draws reward.png after each step, as it does where a step takes a minute: beside the next one."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """See `Tracking`."""

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from agentlightning.verl.tracking_wandb import WANDB_ID_FILE
 METRICS_FILE = "metrics.jsonl"
 REWARD_PICTURE = "reward.png"
 RUN_FILES = (METRICS_FILE, REWARD_PICTURE, WANDB_ID_FILE, MLFLOW_ID_FILE, TENSORBOARD_DIR)  # what a run that starts over leaves
-_SECONDS_BETWEEN_PICTURES = 20.0  # a picture costs about 0.1 s
+_SECONDS_BETWEEN_PICTURES = 20.0  # a picture costs about 0.1 s, beside the next step
 
 
 class MetricsFile:
@@ -127,6 +128,8 @@ class Tracking:
         self.trouble: str | None = None  # what went wrong since the line before the last one
         self._troubles: list[str] = []  # not yet told
         self._last_picture = time.monotonic()
+        self._artist = ThreadPoolExecutor(1, "reward.png")
+        self._drawing: Future[None] | None = None
         run = RunInfo(run_dir, project_name, experiment_name, without_secrets(config or {}))
         run_ids = {"wandb": wandb_run_id, "mlflow": mlflow_run_id}
         self._loggers = start_loggers(logger, run, run_ids, self._troubles.append)
@@ -173,10 +176,9 @@ class Tracking:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One finished step. metrics.jsonl has it, with `training/attempt`, on the disk when this returns."""
         if self._write(step, metrics) and time.monotonic() - self._last_picture > _SECONDS_BETWEEN_PICTURES:
-            try:
-                self.draw()
-            except OSError as error:
-                self._troubles.append(f"{self.picture} could not be drawn ({error.strerror or error})")
+            self._hear_of_picture()
+            self._last_picture = time.monotonic()
+            self._drawing = self._artist.submit(draw_reward_curve, list(self.history), self.picture, self.title)
         self._log_missing()
         self._tell()
 
@@ -198,8 +200,17 @@ class Tracking:
 
     def draw(self) -> None:
         """Bring reward.png up to date."""
+        self._hear_of_picture()
         draw_reward_curve(self.history, self.picture, self.title)
-        self._last_picture = time.monotonic()
+
+    def _hear_of_picture(self) -> None:
+        """Wait for the one that is being drawn beside the step."""
+        drawing, self._drawing = self._drawing, None
+        try:
+            if drawing is not None:
+                drawing.result()
+        except OSError as error:
+            self._troubles.append(f"{self.picture} could not be drawn ({error.strerror or error})")
 
     def finish(self, exit_code: int = 0) -> None:
         """The lines that are still to be written, the last picture, and the loggers' own ends. OSError if the disk is full."""
@@ -207,6 +218,7 @@ class Tracking:
             self.file.flush()
             self.draw()
         finally:
+            self._artist.shutdown()
             for logger in self._loggers.values():
                 logger.finish(self.history, exit_code)
             self._tell()

@@ -136,7 +136,26 @@ def test_reward_png_is_drawn_at_the_end_and_never_half(tmp_path: Path, monkeypat
 
 def test_reward_png_is_drawn_from_time_to_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking_module, "_SECONDS_BETWEEN_PICTURES", -1.0)
-    assert run_steps(tmp_path, 0, 1).picture.exists()
+    tracking = run_steps(tmp_path, 0, 1)
+    tracking.log(2, {SCORE: 0.5})  # waits for the picture before it draws the next one
+    assert tracking.picture.exists()
+
+
+def test_a_picture_that_could_not_be_drawn_is_told_with_a_later_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking_module, "_SECONDS_BETWEEN_PICTURES", -1.0)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking_module, "draw_reward_curve", full)
+        tracking = run_steps(tmp_path, 0, 1)
+    tracking.log(2, {SCORE: 0.5})
+    assert tracking.trouble == f"{tmp_path / 'reward.png'} could not be drawn (No space left on device)"
+    tracking.log(3, {SCORE: 0.5})
+    assert tracking.trouble is None
+    tracking.finish()
+    assert tracking.picture.exists()
 
 
 def test_a_run_without_a_step_draws_nothing(tmp_path: Path) -> None:
