@@ -6,8 +6,8 @@
 A call here is what `workers/ray_backend.py` does for one worker: `remote()` with the method's name and its arguments, then the
 answers of all by one `ray.get`. Leaves, a call: seconds of the wall clock, CPU seconds of the thread that asks and of the whole
 controller process with the threads that Ray runs in it. simulate_scale.py counts the pickling of arguments and answers and
-nothing else of this; a step of one optimizer step makes four calls to each worker (generate, update_actor, update_weights,
-snapshot).
+nothing else of this; a step of one optimizer step makes three calls to each worker (generate, update_actor,
+update_weights) and one to each that writes a part of the checkpoint (snapshot).
 
 Left out: that a thousand workers are a thousand connections; the network. On a machine with few cores the actors take the
 time of the controller: then look at the CPU seconds.
