@@ -156,9 +156,3 @@ class Keeper:
         if model_id in self._held:
             del self._held[model_id]
             self._engine.unload_model(model_id)
-
-    def put_away(self, model_id: str) -> None:
-        """Save what can be and make room; the next operation brings the model back."""
-        if model_id in self._held and self.can_save(self._registry.models[model_id]):
-            self.save(self._registry.models[model_id])
-        self.drop(model_id)

@@ -225,6 +225,13 @@ class Runner:
             return False
         return True
 
+    def put_away(self, model_id: str) -> None:
+        """Save what can be and make room: the client is gone. The next operation brings the model back."""
+        model = self._registry.models[model_id]
+        if model_id in self.keeper.held and self.keeper.can_save(model):
+            self._save(lambda: self.keeper.save(model))
+        self.keeper.drop(model_id)
+
     # ---- sampling
 
     def _sample(self, operations: Sequence[Operation]) -> None:

@@ -122,7 +122,7 @@ class Service:
             for operation in self.queue.cut(model.id):
                 self.runner.answer(operation, f"request {operation.seq} waited for an earlier one, and the session has ended")
             if self.queue.is_empty(model.id):
-                self.queue.add_chore(lambda model_id=model.id: self.runner.keeper.put_away(model_id))
+                self.queue.add_chore(lambda model_id=model.id: self.runner.put_away(model_id))
 
     # ---- operations
 

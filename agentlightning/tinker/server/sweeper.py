@@ -147,7 +147,7 @@ class Sweeper:
     def _put_away(self, session: Session) -> None:
         for model_id in self._service.runner.keeper.held:
             if self._registry.models[model_id].session_id == session.id and self._service.queue.is_empty(model_id):
-                self._service.queue.add_chore(lambda model_id=model_id: self._service.runner.keeper.put_away(model_id))
+                self._service.queue.add_chore(lambda model_id=model_id: self._service.runner.put_away(model_id))
 
 
 def remove_leftovers(root: Path, registry: Registry) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -378,6 +381,34 @@ def test_a_gap_that_nobody_fills_ends_with_the_session(tmp_path: Path):
         assert "the session has ended" in (await client.result(future))["error"]
         beat = await client.call("POST", "session_heartbeat", json={"session_id": client.session})
         assert beat.status_code == 410
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("trouble", ["a full disk", "a result that is not written"])
+def test_a_model_that_cannot_be_saved_when_its_session_ends_costs_nothing(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def test(client: Client):
+        await client.open()
+        await client.step([1])
+        runner = client.service.runner
+        with monkeypatch.context() as patch:
+            if trouble == "a full disk":
+                patch.setattr(runner.keeper, "save", full)
+            else:
+                runner._unwritten.add("some request")
+            done = threading.Event()
+            client.service.queue.add_chore(lambda: (runner.put_away(client.model), done.set()))
+            assert await asyncio.to_thread(done.wait, 20)
+        runner._unwritten.discard("some request")
+        assert client.model not in runner.keeper.held
+        assert not list(tmp_path.glob("models/*/auto-2"))
+        await client.step([2])  # it is brought back, and goes on
+        assert client.engine.models[client.model].steps == 2
 
     run(tmp_path, test)
 
