@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import secrets
 import signal
 import socket
@@ -203,6 +204,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of the loop (default: two a kill, and some)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if shutil.which(arguments.client_python) is None:
+        parser.error(f"--client-python: given {arguments.client_python!r}, expected a python that can be run")
     steps = arguments.steps or 2 * arguments.kills + 20
     with tempfile.TemporaryDirectory() as folder:
         whole = run_loop(arguments.client_python, Path(folder) / "whole", steps)
