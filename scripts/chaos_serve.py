@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
