@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -316,14 +314,6 @@ def test_nodes_of_which_no_worker_sees_the_run_directory_are_named(tmp_path, mon
 
 
 # ---- processes
-
-
-@pytest.fixture
-def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def test_a_stopped_process_is_ended_and_another_with_its_number_is_not(sleeper):

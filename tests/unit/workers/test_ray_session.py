@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -14,14 +12,6 @@ import pytest
 
 from agentlightning.workers import ray_session
 from agentlightning.workers.ray_session import mark_owner, mark_session, remove_session
-
-
-@pytest.fixture
-def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def mark(folder: Path, pid: int, started: float, pids: str, session: str = "") -> Path:
