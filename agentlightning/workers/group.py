@@ -101,7 +101,7 @@ class WorkerGroup:
         self.world_size = backend.world_size
         self.logical_shards, self.decode_by_shard = logical_shards, decode_by_shard
         self._writers: list[int] = [0]
-        self._adapter_configs: dict[str, dict[str, Any]] | None = None
+        self._adapter_configs: dict[str, dict[str, Any]] = {}
 
     def generate(
         self,
@@ -192,9 +192,8 @@ class WorkerGroup:
 
     def adapter_configs(self) -> dict[str, dict[str, Any]]:
         """PEFT's adapter_config.json of `actor` and, where it has an adapter of its own, `critic`."""
-        if self._adapter_configs is None:  # they never change
+        if not self._adapter_configs:  # they never change
             self._adapter_configs = self.backend.call_first("adapter_configs")
-        assert self._adapter_configs is not None
         return self._adapter_configs
 
     def snapshot(self, buffer: int) -> SnapshotWriter:
